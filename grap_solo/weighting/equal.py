@@ -1,0 +1,15 @@
+"""The same weight for every term."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grap_solo.weighting.base import Statistics, Weighting
+
+
+class Equal(Weighting):
+    """Weight 1 for every term, on the plain path: ``loss = sum_k L_k``, heads included."""
+
+    def forward(self, statistics: Statistics) -> Tensor:
+        return torch.ones_like(statistics.losses)

@@ -1,0 +1,196 @@
+"""The surrogate against one autograd call per term, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from grap_solo import ConfigError, Equal, Fixed, GraP, SharedHead, balance
+
+torch.set_default_dtype(torch.float32)
+
+
+class Net(nn.Module):
+    """A small backbone, K heads of different shapes, a probe, and a batch for it."""
+
+    def __init__(self, terms: int, views: int, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.backbone = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(5, 3 + k), nn.Tanh(), nn.Linear(3 + k, 2)) for k in range(terms)
+        )
+        self.probe = nn.Linear(5, 3)
+        self.double()
+        self.names = [f"term{k}" for k in range(terms)]
+        self.images = [torch.randn(7, 6, dtype=torch.float64) for _ in range(views)]
+        self.targets = [torch.randn(7, 2, dtype=torch.float64) for _ in range(terms)]
+        self.labels = torch.randint(0, 3, (7,))
+
+    def embed(self) -> list[torch.Tensor]:
+        return [self.backbone(x) for x in self.images]
+
+    def terms(self, *z: torch.Tensor) -> dict[str, torch.Tensor]:
+        # The k-th term weighs the views differently and has its own scale.
+        return {
+            name: 10.0 ** (k % 3 - 1)
+            * sum((1 + k * v) * F.mse_loss(head(each), target) for v, each in enumerate(z))
+            for k, (name, head, target) in enumerate(zip(self.names, self.heads, self.targets))
+        }
+
+    def downstream(self, *z: torch.Tensor) -> torch.Tensor:
+        return sum(F.cross_entropy(self.probe(each), self.labels) for each in z) / len(z)
+
+
+def gradients(loss, module, **kwargs):
+    return torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, **kwargs)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 4, 18])
+@pytest.mark.parametrize("scale", ["reference", "unit", 3.5])
+def test_gradients_are_those_of_algorithm_1(count, views, scale):
+    net = Net(count, views)
+    reference = {name: 0.5 + k for k, name in enumerate(net.names)}
+    weighting = GraP(net.names, reference, scale=scale).double()
+    weighting.weights.copy_(torch.rand(count) + 0.1)
+    start = weighting.weights.clone()
+
+    # What Alg. 1 asks for, one autograd call per term, through the undetached net.
+    z = net.embed()
+    losses = net.terms(*z)
+    rows = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(each, z, retain_graph=True)])
+            for each in losses.values()
+        ]
+    )
+    w_ref = torch.tensor(list(reference.values()), dtype=torch.float64)
+    norm = {"reference": (w_ref @ rows).norm(), "unit": torch.tensor(1.0)}.get(scale, scale)
+    expected_weights = start * norm / (start @ rows).norm()
+    composite = sum(w * each for w, each in zip(expected_weights, losses.values()))
+    backbone = gradients(composite, net.backbone)
+    heads = [gradients(each, h) for each, h in zip(losses.values(), net.heads)]
+    probe = gradients(net.downstream(*[each.detach() for each in z]), net.probe)
+
+    views_in = net.embed()
+    step = balance(
+        views_in if views > 1 else views_in[0], net.terms, net.downstream, weighting
+    )
+    step.loss.backward()
+
+    torch.testing.assert_close(step.weights, expected_weights)
+    torch.testing.assert_close([p.grad for p in net.backbone.parameters()], list(backbone))
+    for head, expected in zip(net.heads, heads):
+        torch.testing.assert_close([p.grad for p in head.parameters()], list(expected))
+    torch.testing.assert_close([p.grad for p in net.probe.parameters()], list(probe))
+    torch.testing.assert_close(step.statistics.gramian, rows @ rows.T)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_statistics_and_alignment(count):
+    net = Net(count, 2)
+    weighting = GraP(net.names).double()
+    z = net.embed()
+    losses = net.terms(*z)
+    rows = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(each, z, retain_graph=True)])
+            for each in losses.values()
+        ]
+    )
+    down = torch.cat([g.flatten() for g in torch.autograd.grad(net.downstream(*z), z)])
+    step = balance(net.embed(), net.terms, net.downstream, weighting)
+    torch.testing.assert_close(step.statistics.products, rows @ down)
+    torch.testing.assert_close(step.statistics.downstream_norm, down.norm())
+    cosine = F.cosine_similarity(rows.sum(0), down, dim=0)
+    torch.testing.assert_close(step.alignment, cosine)
+    assert {k: v.item() for k, v in step.losses.items()} == pytest.approx(
+        {k: v.item() for k, v in losses.items()}
+    )
+
+
+@pytest.mark.parametrize("make", [Fixed, Equal])
+def test_plain_path_is_the_weighted_sum_and_computes_no_embedding_gradient(make, monkeypatch):
+    net = Net(3, 2)
+    weighting = make(net.names, {"term0": 0.5, "term1": 2.0, "term2": 0.0})
+    values = [0.5, 2.0, 0.0] if make is Fixed else [1.0, 1.0, 1.0]
+    losses = net.terms(*net.embed())
+    total = sum(w * each for w, each in zip(values, losses.values()))
+    expected = [gradients(total, m) for m in (net.backbone, net.heads)]
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the plain path took an inner gradient")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", forbidden)
+        step = balance(net.embed(), net.terms, net.downstream, weighting)
+    step.loss.backward()
+    torch.testing.assert_close([p.grad for p in net.backbone.parameters()], list(expected[0]))
+    torch.testing.assert_close([p.grad for p in net.heads.parameters()], list(expected[1]))
+    assert step.statistics.gramian is None and step.alignment is None
+
+
+@pytest.mark.parametrize("weighting", [Fixed(["term0", "term1"]), GraP(["term0", "term1"]).eval()])
+def test_labels_reach_the_backbone_through_the_weights_alone(weighting):
+    net = Net(2, 2)
+
+    def backbone_gradients():
+        net.zero_grad()
+        balance(net.embed(), net.terms, net.downstream, weighting).loss.backward()
+        return [p.grad.clone() for p in net.backbone.parameters()]
+
+    before = backbone_gradients()
+    probe = net.probe.weight.grad.clone()
+    net.labels = net.labels.roll(1)
+    after = backbone_gradients()
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert not torch.equal(probe, net.probe.weight.grad)
+
+
+@pytest.mark.parametrize("mode", ["sum", "weights"])
+def test_a_shared_head_gets_the_sum_or_the_weighted_sum(mode):
+    net = Net(3, 2)
+    projector = nn.Linear(5, 5).double()
+    weighting = GraP(net.names, {"term0": 0.5, "term1": 2.0, "term2": 1.0}, shared_heads=mode)
+    weighting.double()
+    shared = SharedHead(net.names)
+
+    def terms(*z, route=shared):
+        out = [projector(each) for each in z]
+        losses = {}
+        for k, name in enumerate(net.names):
+            seen = out if route is None else [route(each, name) for each in out]
+            losses[name] = sum(F.mse_loss(net.heads[k](each), net.targets[k]) for each in seen)
+        return losses
+
+    step = balance(net.embed(), terms, net.downstream, weighting, shared)
+    step.loss.backward()
+    losses = terms(*[each.detach() for each in net.embed()], route=None)
+    weights = torch.ones(3) if mode == "sum" else step.weights
+    expected = gradients(sum(w * each for w, each in zip(weights, losses.values())), projector)
+    torch.testing.assert_close([p.grad for p in projector.parameters()], list(expected))
+    # The Gramian is of the unweighted terms, also on the second step, after scales were set.
+    again = balance(net.embed(), terms, net.downstream, weighting.eval(), shared)
+    torch.testing.assert_close(again.statistics.gramian, step.statistics.gramian)
+    for k, name in enumerate(net.names):
+        own = gradients(losses[name], net.heads[k])
+        torch.testing.assert_close([p.grad for p in net.heads[k].parameters()], list(own))
+
+
+def test_a_constant_term_has_a_zero_gradient():
+    net = Net(2, 1)
+
+    def terms(z):
+        return {**net.terms(z), "term1": torch.tensor(3.0, dtype=torch.float64)}
+
+    step = balance(net.embed()[0], terms, net.downstream, GraP(net.names).double())
+    step.loss.backward()
+    assert step.statistics.gramian[1].abs().sum() == 0
+    assert step.weights.isfinite().all()
+
+
+def test_wrong_term_names_are_named():
+    net = Net(2, 1)
+    with pytest.raises(ConfigError, match="recon.*term0, term1"):
+        balance(net.embed()[0], net.terms, net.downstream, GraP(["recon", "term1"]))
