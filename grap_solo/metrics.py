@@ -1,0 +1,106 @@
+"""Metrics of the online evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.functional.classification import multiclass_accuracy
+
+
+def accuracy_at_k(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Top-1 and top-5 accuracy in percent, each shape (1,), over the labelled samples.
+
+    Args:
+        logits: (B, classes). With fewer than 5 classes, top-5 counts all of them.
+        targets: (B,); -1 marks an unlabelled sample. Without any label both are 0.
+    """
+    classes = logits.size(1)
+
+    def accuracy(k: int) -> Tensor:
+        value: Tensor = multiclass_accuracy(
+            logits.detach().float(),
+            targets,
+            num_classes=classes,
+            top_k=min(k, classes),
+            average="micro",
+            ignore_index=-1,
+            validate_args=False,
+        )
+        return value.reshape(1) * 100
+
+    return accuracy(1), accuracy(5)
+
+
+class WeightedKNNClassifier(Metric):
+    """Weighted k-NN accuracy from accumulated train and test features (Wu et al. 2018).
+
+    A neighbour votes with ``exp(cosine / T)``, or with the inverse of its Euclidean distance.
+
+    Args:
+        k: number of neighbours.
+        T: temperature of the cosine's votes.
+        distance_fx: ``cosine`` or ``euclidean``.
+        max_distance_matrix_size: most elements of a distance matrix at once.
+    """
+
+    full_state_update = False
+    train_features: list[Tensor]
+    train_targets: list[Tensor]
+    test_features: list[Tensor]
+    test_targets: list[Tensor]
+
+    def __init__(
+        self,
+        k: int = 20,
+        T: float = 0.07,
+        distance_fx: str = "cosine",
+        max_distance_matrix_size: int = 5_000_000,
+    ) -> None:
+        super().__init__()
+        self.k, self.T, self.distance_fx = k, T, distance_fx
+        self.max_distance_matrix_size = max_distance_matrix_size
+        for name in ("train_features", "train_targets", "test_features", "test_targets"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, **features: Tensor) -> None:
+        """Adds ``train_features`` (N, D) with ``train_targets`` (N,), or the test ones."""
+        for name, value in features.items():
+            getattr(self, name).append(value.detach())
+
+    @torch.no_grad()
+    def compute(self) -> tuple[Any, Any]:
+        """Top-1 and top-5 accuracy in percent, after which the features are forgotten.
+
+        -1 for both when either side has no features yet.
+        """
+        if not len(self.train_features) or not len(self.test_features):
+            return -1.0, -1.0
+        train, test = _cat(self.train_features), _cat(self.test_features)
+        labels, targets = _cat(self.train_targets), _cat(self.test_targets)
+        if self.distance_fx == "cosine":
+            train, test = F.normalize(train), F.normalize(test)
+        k = min(self.k, len(train))
+        classes = int(torch.cat([labels, targets]).max()) + 1
+        correct = torch.zeros(2, device=test.device)
+        chunk = max(1, self.max_distance_matrix_size // len(train))
+        for features, truth in zip(test.split(chunk), targets.split(chunk), strict=True):
+            if self.distance_fx == "cosine":
+                votes, neighbours = (features @ train.T).topk(k)
+                votes = (votes / self.T).exp()
+            else:
+                votes, neighbours = (1 / (torch.cdist(features, train) + 1e-5)).topk(k)
+            tally = votes.new_zeros(len(features), classes)
+            tally.scatter_add_(1, labels[neighbours], votes)
+            hits = tally.topk(min(5, k, classes)).indices == truth[:, None]
+            correct += torch.stack([hits[:, 0].sum(), hits.sum()])
+        acc1, acc5 = (100 * correct / len(test)).tolist()
+        self.reset()
+        return acc1, acc5
+
+
+def _cat(parts: Any) -> Tensor:
+    return parts if isinstance(parts, Tensor) else torch.cat(parts)

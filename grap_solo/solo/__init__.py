@@ -1,0 +1,68 @@
+"""The one place that decides where the base classes come from.
+
+If solo-learn's All4One can be imported, it is the base; else it is the project's own. Everything
+above this module is written once and does not know which.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from grap_solo.errors import ConfigError
+
+try:
+    from solo.methods.all4one import All4One
+except ImportError:
+    from grap_solo.solo.all4one import All4One
+
+    BASE = "grap_solo"
+    try:
+        import solo  # noqa: F401  (only whether it is there)
+    except ImportError:
+        pass
+    else:
+        warnings.warn(
+            "the installed solo-learn has no All4One (its registry release is from 2021): using "
+            "grap-solo's own; install solo-learn's main branch to train on solo-learn's",
+            stacklevel=2,
+        )
+else:
+    BASE = "solo-learn"
+
+
+def describe_base() -> str:
+    """One line that says which base the methods stand on."""
+    origin = "solo-learn's" if BASE == "solo-learn" else "grap-solo's own (solo-learn not found)"
+    return f"base class: {origin} All4One"
+
+
+def register_method(name: str, method: type) -> None:
+    """Adds a method to solo-learn's, so that its scripts can name it. Nothing without it."""
+    if BASE == "solo-learn":
+        from solo.methods import METHODS
+
+        METHODS[name] = method
+
+
+def register_backbone(name: str) -> None:
+    """Lets solo-learn's base build a timm model that it does not know by name.
+
+    Raises:
+        ConfigError: neither solo-learn nor timm has the model.
+    """
+    if BASE != "solo-learn":
+        return
+    from solo.methods.base import BaseMethod
+
+    from grap_solo.solo.base import build_backbone, check_backbone
+
+    if name in BaseMethod._BACKBONES:
+        return
+    if name.startswith("resnet"):  # solo-learn takes any such name for a torchvision model.
+        raise ConfigError(f"backbone.name: on solo-learn's base use resnet18, not '{name}'")
+
+    def build(method: str, **kwargs: Any) -> Any:
+        return build_backbone(name, "", kwargs)[0]
+
+    BaseMethod._BACKBONES[check_backbone(name)] = build

@@ -1,0 +1,376 @@
+"""The project's own momentum method, for when solo-learn is absent.
+
+Same configuration keys, submodule names, metric names and numbers as solo-learn's
+``BaseMomentumMethod``, built on torchvision, timm, torchmetrics and Lightning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import timm
+import torch
+import torchvision
+from omegaconf import DictConfig, OmegaConf
+from timm.optim.lars import Lars
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
+
+from grap_solo.errors import ConfigError, unknown_name
+
+DEFAULTS = """
+backbone: {kwargs: {}}
+optimizer: {exclude_bias_n_norm_wd: false, kwargs: {}}
+accumulate_grad_batches: 1
+scheduler:
+  lr_decay_steps: null
+  min_lr: 0.0
+  warmup_start_lr: 3e-5
+  warmup_epochs: 10
+  interval: step
+knn_eval: {enabled: false, k: 20, distance_func: euclidean}
+performance: {disable_channel_last: false}
+method_kwargs: {}
+momentum: {base_tau: 0.99, final_tau: 1.0, classifier: false}
+"""
+
+OPTIMIZERS = ("sgd", "lars", "adam", "adamw")
+SCHEDULERS = ("warmup_cosine", "step", "none")
+
+
+def build_backbone(name: str, dataset: str, kwargs: dict[str, Any]) -> tuple[nn.Module, int]:
+    """A backbone without its classifier, and the dimension of its embedding.
+
+    Args:
+        name: ``resnet18`` or ``resnet50`` (torchvision's), or any model name of timm's.
+        dataset: for ``cifar10`` and ``cifar100`` a resnet gets solo-learn's stem for small
+            images: a 3x3 convolution of stride 1 and padding 2, and no max-pooling.
+        kwargs: passed to the model's constructor.
+
+    Raises:
+        ConfigError: neither torchvision nor timm has the model.
+    """
+    if name in ("resnet18", "resnet50"):
+        model = getattr(torchvision.models, name)(**kwargs)
+        model.fc = nn.Identity()
+        if dataset in ("cifar10", "cifar100"):
+            model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+            model.maxpool = nn.Identity()
+        return model, model.inplanes
+    model = timm.create_model(check_backbone(name), num_classes=0, **kwargs)
+    return model, int(model.num_features)
+
+
+def check_backbone(name: str) -> str:
+    """The name again if torchvision's resnets or timm have it.
+
+    Raises:
+        ConfigError: neither has the model.
+    """
+    models = {"resnet18", "resnet50", *timm.list_models()}
+    if name not in models:
+        raise unknown_name("backbone.name", name, models)
+    return name
+
+
+@torch.no_grad()
+def copy_parameters(online: nn.Module, momentum: nn.Module) -> None:
+    """Start a momentum network at its online network's parameters, and freeze it."""
+    for source, target in zip(online.parameters(), momentum.parameters(), strict=True):
+        target.copy_(source)
+        target.requires_grad = False
+
+
+class MomentumUpdater:
+    """Exponential moving average of the parameters, with tau on a cosine from base to final.
+
+    Args:
+        base_tau: tau at the first step.
+        final_tau: tau at the last step.
+    """
+
+    def __init__(self, base_tau: float, final_tau: float) -> None:
+        if not 0 <= base_tau <= final_tau <= 1:
+            raise ConfigError(
+                f"momentum: expected 0 <= base_tau <= final_tau <= 1, got {base_tau}, {final_tau}"
+            )
+        self.base_tau, self.final_tau, self.cur_tau = base_tau, final_tau, base_tau
+
+    @torch.no_grad()
+    def update(self, online: nn.Module, momentum: nn.Module) -> None:
+        """``momentum <- tau momentum + (1 - tau) online``."""
+        targets = list(momentum.parameters())
+        torch._foreach_lerp_(targets, list(online.parameters()), 1 - self.cur_tau)
+
+    def update_tau(self, cur_step: int, max_steps: int) -> None:
+        cosine = (math.cos(math.pi * cur_step / max_steps) + 1) / 2
+        self.cur_tau = self.final_tau - (self.final_tau - self.base_tau) * cosine
+
+
+def warmup_cosine(
+    base_lr: float, warmup: float, total: float, start_lr: float, min_lr: float, step: int
+) -> float:
+    """The learning rate at a step: linear up to ``base_lr``, then a cosine down to ``min_lr``."""
+    if step < warmup:
+        return start_lr + step * (base_lr - start_lr) / max(warmup - 1, 1)
+    cosine = (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
+    return min_lr + (base_lr - min_lr) * cosine
+
+
+class BaseMomentumMethod(pl.LightningModule):
+    """Backbone, its momentum copy, online probe, optimiser and schedule.
+
+    Args:
+        cfg: a configuration with solo-learn's keys, as its ``parse_cfg`` leaves them: learning
+            rates scaled, ``data.num_classes`` and ``data.num_large_crops`` filled in.
+
+    Raises:
+        ConfigError: an unknown backbone, optimiser or scheduler.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__()
+        cfg = self.add_and_assert_specific_cfg(cfg)
+        self.cfg = cfg
+
+        build = partial(
+            build_backbone, cfg.backbone.name, cfg.data.dataset, dict(cfg.backbone.kwargs)
+        )
+        self.backbone, self.features_dim = build()
+        self.momentum_backbone, _ = build()
+        copy_parameters(self.backbone, self.momentum_backbone)
+        self.momentum_updater = MomentumUpdater(cfg.momentum.base_tau, cfg.momentum.final_tau)
+
+        self.num_classes: int = cfg.data.num_classes
+        self.classifier = nn.Linear(self.features_dim, self.num_classes)
+        self.momentum_classifier = (
+            nn.Linear(self.features_dim, self.num_classes) if cfg.momentum.classifier else None
+        )
+
+        scale = cfg.accumulate_grad_batches or 1
+        self.lr: float = cfg.optimizer.lr * scale
+        self.classifier_lr: float = cfg.optimizer.classifier_lr * scale
+        self.min_lr: float = cfg.scheduler.min_lr * scale
+        self.warmup_start_lr: float = cfg.scheduler.warmup_start_lr * scale
+
+        self.num_large_crops: int = cfg.data.num_large_crops
+        self.no_channel_last: bool = cfg.performance.disable_channel_last
+        self.knn_eval: bool = cfg.knn_eval.enabled
+        self.knn: Any = None  # A method's own.
+
+    @staticmethod
+    def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
+        """Fills in solo-learn's defaults."""
+        return OmegaConf.merge(OmegaConf.create(DEFAULTS), cfg)
+
+    # ---- optimisation -----------------------------------------------------------------------
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups."""
+        groups: list[dict[str, Any]] = [
+            {"name": "backbone", "params": self.backbone.parameters()},
+            {
+                "name": "classifier",
+                "params": self.classifier.parameters(),
+                "lr": self.classifier_lr,
+                "weight_decay": 0,
+            },
+        ]
+        if self.momentum_classifier is not None:
+            groups.append(
+                {
+                    "name": "momentum_classifier",
+                    "params": self.momentum_classifier.parameters(),
+                    "lr": self.classifier_lr,
+                    "weight_decay": 0,
+                }
+            )
+        return groups
+
+    @property
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The (online, momentum) networks to average."""
+        return [(self.backbone, self.momentum_backbone)]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer()
+        scheduler = self.cfg.scheduler
+        if scheduler.name not in SCHEDULERS:
+            raise unknown_name("scheduler.name", scheduler.name, SCHEDULERS)
+        if scheduler.name == "none":
+            return optimizer
+        if scheduler.name == "step":
+            return [optimizer], [MultiStepLR(optimizer, list(scheduler.lr_decay_steps))]
+
+        by_step = scheduler.interval == "step"
+        epochs = self.cfg.max_epochs
+        total = self.trainer.estimated_stepping_batches if by_step else epochs
+        warmup = scheduler.warmup_epochs * (total / epochs if by_step else 1)
+
+        def schedule(base_lr: float) -> Callable[[int], float]:
+            # Without a warm-up solo-learn starts every group at the backbone's learning rate.
+            peak = base_lr if warmup > 0 else self.lr
+            return lambda step: (
+                warmup_cosine(peak, warmup, total, self.warmup_start_lr, self.min_lr, step)
+                / base_lr
+            )
+
+        lambdas = [schedule(group["lr"]) for group in optimizer.param_groups]
+        interval = {"interval": scheduler.interval, "frequency": 1}
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, lambdas), **interval}]
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config = self.cfg.optimizer
+        if config.name not in OPTIMIZERS:
+            raise unknown_name("optimizer.name", config.name, OPTIMIZERS)
+        groups = self.learnable_params
+        kwargs = dict(config.kwargs)
+        defaults = {"lr": self.lr, "weight_decay": config.weight_decay}
+        if config.exclude_bias_n_norm_wd:
+            groups = split_groups(groups, lambda p: p.ndim <= 1, {"weight_decay": 0})
+        if config.name != "lars":
+            classes = {
+                "sgd": torch.optim.SGD,
+                "adam": torch.optim.Adam,
+                "adamw": torch.optim.AdamW,
+            }
+            return classes[config.name](groups, **defaults, **kwargs)
+        # timm's Lars, told in its own words: biases and norms neither adapted nor decayed.
+        if kwargs.pop("exclude_bias_n_norm", False):
+            plain = {"weight_decay": 0, "always_adapt": False}
+            groups = split_groups(groups, lambda p: p.ndim == 1, plain)
+        return Lars(
+            groups,
+            always_adapt=True,
+            trust_coeff=kwargs.pop("eta", 1e-3),
+            trust_clip=kwargs.pop("clip_lr", False),
+            **defaults,
+            **kwargs,
+        )
+
+    # ---- training ---------------------------------------------------------------------------
+
+    def forward(self, X: Tensor) -> dict[str, Tensor]:
+        """Embeddings (B, D) and the probe's logits (B, classes) of images (B, 3, H, W)."""
+        feats = self.multicrop_forward(X)["feats"]
+        return {"logits": self.classifier(feats.detach()), "feats": feats}
+
+    def multicrop_forward(self, X: Tensor) -> dict[str, Tensor]:
+        """Embeddings (B, D) alone."""
+        return {"feats": self.backbone(self._images(X))}
+
+    @torch.no_grad()
+    def momentum_forward(self, X: Tensor) -> dict[str, Tensor]:
+        """Embeddings (B, D) of the momentum backbone."""
+        return {"feats": self.momentum_backbone(self._images(X))}
+
+    def _images(self, X: Tensor) -> Tensor:
+        return X if self.no_channel_last else X.to(memory_format=torch.channels_last)
+
+    def base_training_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """A method's own: ``feats`` of one view with the probe's ``loss``, ``acc1``, ``acc5``."""
+        raise NotImplementedError
+
+    def base_validation_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """A method's own: the same for a validation batch."""
+        raise NotImplementedError
+
+    def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """A method's own: the same for the momentum networks, if they have a classifier."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Any:
+        """Both networks on every view, with the probe's metrics; no loss of a method's own."""
+        _, views, targets = batch
+        outs = _lists(self.base_training_step(x, targets) for x in views)
+        for key in ("loss", "acc1", "acc5"):
+            outs[key] = sum(outs[key]) / len(views)
+        self._log(
+            train_class_loss=outs["loss"], train_acc1=outs["acc1"], train_acc5=outs["acc5"]
+        )
+        if self.knn_eval:
+            repeated = targets.repeat(len(views))
+            labelled = repeated != -1
+            self.knn.update(
+                train_features=torch.cat(outs["feats"])[labelled].detach(),
+                train_targets=repeated[labelled],
+            )
+
+        momentum = _lists(self._shared_step_momentum(x, targets) for x in views)
+        if self.momentum_classifier is not None:
+            for key in ("loss", "acc1", "acc5"):
+                momentum[key] = sum(momentum[key]) / len(views)
+            self._log(
+                train_momentum_class_loss=momentum["loss"],
+                train_momentum_acc1=momentum["acc1"],
+                train_momentum_acc5=momentum["acc5"],
+            )
+            outs["loss"] = outs["loss"] + momentum["loss"]
+        return {**outs, **{f"momentum_{key}": value for key, value in momentum.items()}}
+
+    def on_train_start(self) -> None:
+        self.last_step = 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The momentum update, once for each optimiser step."""
+        if self.trainer.global_step > self.last_step:
+            for pair in self.momentum_pairs:
+                self.momentum_updater.update(*pair)
+            self.log("tau", self.momentum_updater.cur_tau)
+            self.momentum_updater.update_tau(
+                self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
+            )
+        self.last_step = self.trainer.global_step
+
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
+        images, targets = batch
+        out = self.base_validation_step(images, targets)
+        metrics = {"val_loss": out["loss"], "val_acc1": out["acc1"], "val_acc5": out["acc5"]}
+        if self.knn_eval and not self.trainer.sanity_checking:
+            self.knn.update(test_features=out["feats"].detach(), test_targets=targets)
+        if self.momentum_classifier is not None:
+            out = self._shared_step_momentum(images, targets)
+            metrics["momentum_val_loss"] = out["loss"]
+            metrics["momentum_val_acc1"] = out["acc1"]
+            metrics["momentum_val_acc5"] = out["acc5"]
+        self.log_dict(metrics, batch_size=len(targets), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.knn_eval and not self.trainer.sanity_checking:
+            acc1, acc5 = self.knn.compute()
+            self.log_dict({"val_knn_acc1": acc1, "val_knn_acc5": acc5}, sync_dist=True)
+
+    def _log(self, **metrics: Tensor) -> None:
+        self.log_dict(metrics, on_epoch=True, sync_dist=True)
+
+
+def _lists(outs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One dictionary of lists from the views' dictionaries."""
+    views = list(outs)
+    return {key: [view[key] for view in views] for key in views[0]}
+
+
+def split_groups(
+    groups: Iterable[dict[str, Any]], apart: Callable[[Tensor], bool], changes: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Parameter groups with the parameters for which ``apart`` holds in groups of their own.
+
+    Args:
+        groups: an optimiser's parameter groups.
+        apart: which parameters to set apart.
+        changes: the settings in which their groups differ.
+    """
+    out = []
+    for group in groups:
+        params = list(group["params"])
+        kept = {**group, "params": [p for p in params if not apart(p)]}
+        split = {**group, **changes, "params": [p for p in params if apart(p)]}
+        if "name" in group:
+            split["name"] = f"{group['name']}_no_decay"
+        out += [each for each in (kept, split) if each["params"]]
+    return out

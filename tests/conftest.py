@@ -1,0 +1,96 @@
+"""What several test files share: small configurations, and the method over either base."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+torch.set_num_threads(2)
+
+DECIDED = ("grap_solo.solo", "grap_solo.methods", "grap_solo.methods.all4one")
+
+
+def solo_learn_is_there() -> bool:
+    try:
+        from solo.methods.all4one import All4One  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def pytest_collection_modifyitems(items):
+    if solo_learn_is_there():
+        return
+    skip = pytest.mark.skip(reason="solo-learn's main branch is not on the path")
+    for item in items:
+        if "solo_learn" in item.keywords:
+            item.add_marker(skip)
+
+
+def method_over(base: str, monkeypatch):
+    """GrapAll4One over ``own`` or ``solo_learn``'s All4One, whatever is installed."""
+    with monkeypatch.context() as patch:
+        for name in DECIDED:
+            patch.delitem(sys.modules, name, raising=False)
+        if base == "own":
+            patch.setitem(sys.modules, "solo", None)
+            patch.setitem(sys.modules, "solo.methods.all4one", None)
+        method = importlib.import_module("grap_solo.methods").GrapAll4One
+        decided = sys.modules["grap_solo.solo"].BASE
+        # What the patch deleted comes back with its context, and the fresh copies go.
+        for name in DECIDED:
+            patch.setitem(sys.modules, name, sys.modules[name])
+    assert decided == {"own": "grap_solo", "solo_learn": "solo-learn"}[base]
+    return method
+
+
+def all4one_config(**changes):
+    """All4One as ``parse_cfg`` leaves it, small: resnet18 on 8 images, queue of 40."""
+    cfg = OmegaConf.create(
+        {
+            "name": "test",
+            "method": "all4one",
+            "backbone": {"name": "resnet18", "kwargs": {}},
+            "method_kwargs": {
+                "temperature": 0.2,
+                "proj_hidden_dim": 32,
+                "proj_output_dim": 16,
+                "pred_hidden_dim": 24,
+                "queue_size": 40,
+            },
+            "momentum": {"base_tau": 0.9, "final_tau": 1.0},
+            "data": {
+                "dataset": "cifar10",
+                "num_classes": 10,
+                "num_large_crops": 2,
+                "num_small_crops": 0,
+            },
+            "optimizer": {
+                "name": "lars",
+                "batch_size": 8,
+                "lr": 0.5,
+                "classifier_lr": 0.1,
+                "weight_decay": 1e-5,
+                "kwargs": {
+                    "momentum": 0.9,
+                    "clip_lr": True,
+                    "eta": 0.02,
+                    "exclude_bias_n_norm": True,
+                },
+            },
+            "scheduler": {"name": "warmup_cosine", "warmup_epochs": 1},
+            "max_epochs": 4,
+            "weighting": {"name": "fixed"},
+        }
+    )
+    return OmegaConf.merge(cfg, OmegaConf.create(changes))
+
+
+def image_batch(size=32, batch=8, seed=0, classes=10):
+    """``[indexes, [view1, view2], labels]`` of random images, (B, 3, size, size)."""
+    generator = torch.Generator().manual_seed(seed)
+    views = [torch.randn(batch, 3, size, size, generator=generator) for _ in range(2)]
+    labels = torch.randint(0, classes, (batch,), generator=generator)
+    return [torch.arange(batch) + batch * seed, views, labels]
