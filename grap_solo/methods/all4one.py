@@ -252,8 +252,8 @@ class GrapAll4One(All4One):
             "train_nn_acc": nn_acc,
             "train_z_std": torch.stack(stds).mean(),
         }
-        for term in self.weighting.terms[2:]:
-            metrics[f"train_{term}_loss"] = losses[term]
+        if not self.joined:
+            metrics |= {f"train_{term}_loss": losses[term] for term in ("byol", "barlow")}
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
         weighting = {
             f"weight/{term}": weight

@@ -1,0 +1,117 @@
+"""Loaders of views and of evaluation images, from a configuration with solo-learn's keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from grap_solo.data.augmentations import (
+    Transform,
+    build_evaluation,
+    build_views,
+    count_crops,
+)
+from grap_solo.data.datasets import DATASETS, FORMATS, NUM_CLASSES, Images, load_images
+from grap_solo.errors import ConfigError
+
+__all__ = [
+    "DATASETS",
+    "FORMATS",
+    "NUM_CLASSES",
+    "count_crops",
+    "evaluation_loader",
+    "load_images",
+    "pretrain_loader",
+    "resolve_num_classes",
+]
+
+
+class _Views(Dataset[tuple[int, list[Tensor], int]]):
+    """(index, views, label) of each image: what solo-learn's methods train on."""
+
+    def __init__(self, images: Images, transforms: list[Transform]) -> None:
+        self.images, self.transforms = images, transforms
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, list[Tensor], int]:
+        image, label = self.images[index]
+        return index, [transform(image) for transform in self.transforms], label
+
+
+class _Evaluated(Dataset[tuple[Tensor, int]]):
+    """(image, label) of each image."""
+
+    def __init__(self, images: Images, transform: Transform) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return self.transform(image), label
+
+
+def pretrain_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:
+    """Shuffled batches ``[indexes, views, labels]``; the last, smaller one is dropped.
+
+    Raises:
+        ConfigError: fewer images than one batch needs.
+    """
+    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
+    together = cfg.optimizer.batch_size * devices * cfg.num_nodes
+    if together > len(images):
+        raise ConfigError(
+            f"optimizer.batch_size: {together} images a step, but the training set has only "
+            f"{len(images)}: use a smaller batch"
+        )
+    dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
+    return _loader(cfg, dataset, shuffle=True, drop_last=True)
+
+
+def evaluation_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:
+    """Batches ``[images, labels]`` in order, without augmentation."""
+    transform = build_evaluation(cfg.data.dataset, cfg.augmentations)
+    return _loader(cfg, _Evaluated(images, transform), shuffle=False, drop_last=False)
+
+
+def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
+    """The number of classes: the dataset's, or as given, or as found in a custom dataset.
+
+    Raises:
+        ConfigError: the labels or folders do not fit it.
+    """
+    found = max([int(each.targets.max()) + 1 for each in parts])
+    declared = max([each.classes or 0 for each in parts])
+    given = data.get("num_classes")
+    expected = NUM_CLASSES.get(data.dataset, given)
+    if expected is None:
+        return max(1, found, declared)
+    if given is not None and given != expected:
+        raise ConfigError(
+            f"data.num_classes: {data.dataset} has {expected} classes, not {given}: remove the key"
+        )
+    if found > expected or (declared and declared != expected and data.dataset != "custom"):
+        raise ConfigError(
+            f"data.num_classes: {expected} does not fit: the images have "
+            f"{max(found, declared)} classes: give the matching data"
+            + (" or number" if data.dataset == "custom" else "")
+        )
+    return int(expected)
+
+
+def _loader(cfg: DictConfig, dataset: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_size=cfg.optimizer.batch_size,
+        num_workers=cfg.data.num_workers,
+        persistent_workers=cfg.data.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        **kwargs,
+    )

@@ -1,0 +1,216 @@
+"""The datasets by solo-learn's names and formats. Each gives (PIL image, label) pairs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision.datasets
+from omegaconf import DictConfig
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import Dataset
+
+from grap_solo.errors import ConfigError
+
+NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
+DATASETS = (*NUM_CLASSES, "custom")
+FORMATS = ("image_folder", "parquet")
+DIGITS_SIZE = 32
+
+Sample = tuple[Image.Image, int]
+
+
+class Images(Dataset[Sample]):
+    """Images with labels in memory or on disk.
+
+    Attributes:
+        targets: the labels, shape (N,); -1 for an unlabelled image.
+        classes: how many classes the source itself declares; None if it does not.
+    """
+
+    targets: np.ndarray
+    classes: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class Digits(Images):
+    """scikit-learn's 1,797 handwritten digits of 8x8, upsampled to 32x32 RGB (UCI, 1998).
+
+    Args:
+        train: the 70 % for training or the 30 % for validation, stratified by class.
+    """
+
+    classes = 10
+
+    def __init__(self, train: bool) -> None:
+        digits = load_digits()
+        kept = train_test_split(
+            np.arange(len(digits.target)),
+            test_size=0.3,
+            stratify=digits.target,
+            random_state=0,
+        )[0 if train else 1]
+        self.targets = digits.target[kept]
+        pixels = (digits.images[kept] * (255 / 16)).round().astype(np.uint8)
+        size = (DIGITS_SIZE, DIGITS_SIZE)
+        self.images = [
+            Image.fromarray(each).resize(size, Image.Resampling.BICUBIC).convert("RGB")
+            for each in pixels
+        ]
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.images[index], int(self.targets[index])
+
+
+class Parquet(Images):
+    """A Parquet file with columns ``img`` (a struct with encoded ``bytes``) and ``label``.
+
+    The encoded images lie in memory and are decoded when they are asked for.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: not such a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path, columns=["img", "label"])
+            self.encoded = table["img"].combine_chunks().field("bytes")
+        except (pyarrow.ArrowException, KeyError) as error:
+            line = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{path}: not a Parquet file with columns 'img' (with 'bytes') and 'label': {line}"
+            ) from None
+        self.targets = table["label"].to_numpy()
+
+    def __getitem__(self, index: int) -> Sample:
+        data = io.BytesIO(self.encoded[index].as_py())
+        return Image.open(data).convert("RGB"), int(self.targets[index])
+
+
+class Torchvision(Images):
+    """A torchvision dataset: ``ImageFolder``, ``CIFAR10`` or ``CIFAR100``."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.targets = np.asarray(dataset.targets)
+        self.classes = len(dataset.classes)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, label = self.dataset[index]
+        return image, int(label)
+
+
+class UnlabelledFolder(Images):
+    """All images of one folder, without labels.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        extensions = torchvision.datasets.folder.IMG_EXTENSIONS
+        self.files = sorted(each for each in path.iterdir() if each.suffix.lower() in extensions)
+        self.targets = np.full(len(self.files), -1)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Image.open(self.files[index]).convert("RGB"), -1
+
+
+class Part(Images):
+    """Some of a dataset's images.
+
+    Args:
+        dataset: the dataset.
+        kept: the indexes to keep.
+    """
+
+    def __init__(self, dataset: Images, kept: np.ndarray) -> None:
+        self.dataset, self.kept = dataset, kept
+        self.targets = dataset.targets[kept]
+        self.classes = dataset.classes
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[int(self.kept[index])]
+
+
+def load_images(config: DictConfig, train: bool) -> Images:
+    """The training or validation images that a ``data:`` block names.
+
+    Args:
+        config: the block, with solo-learn's keys: ``dataset``, ``format``, ``train_path``,
+            ``val_path``, ``no_labels``, ``fraction``; and ``download`` for CIFAR.
+        train: which of the two.
+
+    Raises:
+        ConfigError: a path that is missing or holds no images of that format, an empty dataset,
+            or a fraction out of range.
+    """
+    key = "data.train_path" if train else "data.val_path"
+    if config.dataset == "digits":
+        images: Images = Digits(train)
+    else:
+        path = Path(str(config.train_path if train else config.val_path))
+        images = _load(config, path, key, train)
+    if not len(images):
+        raise ConfigError(f"{key}: no images in {path}: give a folder or file that holds some")
+    fraction = config.fraction
+    if train and fraction > 0:
+        if fraction >= 1:
+            raise ConfigError(f"data.fraction: expected a number below 1, or -1, got {fraction}")
+        labels = None if config.no_labels else images.targets
+        kept, _ = train_test_split(
+            np.arange(len(images)), train_size=fraction, stratify=labels, random_state=42
+        )
+        images = Part(images, kept)
+    return images
+
+
+def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:
+    if config.format == "parquet":
+        if path.is_dir():
+            names = ("train.parquet",) if train else ("val.parquet", "test.parquet")
+            path = next((path / name for name in names if (path / name).exists()), path / names[0])
+        if not path.is_file():
+            raise ConfigError(f"{key}: no such file {path}: give a Parquet file")
+        return Parquet(path)
+    if config.dataset in ("cifar10", "cifar100"):
+        return _load_cifar(config, path, key, train)
+    if not path.is_dir():
+        raise ConfigError(f"{key}: no such folder {path}: give a folder of images")
+    if config.no_labels:
+        return UnlabelledFolder(path)
+    try:
+        return Torchvision(torchvision.datasets.ImageFolder(str(path)))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}: {error}".splitlines()[0]) from None
+
+
+def _load_cifar(config: DictConfig, path: Path, key: str, train: bool) -> Images:
+    load = getattr(torchvision.datasets, config.dataset.upper())
+    try:
+        return Torchvision(load(str(path), train=train, download=False))
+    except RuntimeError:
+        if not config.download:
+            raise ConfigError(
+                f"{key}: no {load.__name__} in {path}: put its '{load.base_folder}' there, or "
+                f"set data.download=True"
+            ) from None
+    try:
+        return Torchvision(load(str(path), train=train, download=True))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"{key}: no {load.__name__} in {path}, and it could not be downloaded ({error}): "
+            f"put its '{load.base_folder}' there"
+        ) from None

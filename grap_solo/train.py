@@ -1,0 +1,267 @@
+"""One training run, from a configuration to the files that it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from grap_solo.config import prepare, run_dir, terms_of
+from grap_solo.data import evaluation_loader, load_images, pretrain_loader, resolve_num_classes
+from grap_solo.errors import ConfigError
+from grap_solo.methods import GrapAll4One
+from grap_solo.plots import plot_weights
+from grap_solo.solo import describe_base
+from grap_solo.trajectory import MEDIAN_FILE, WEIGHTS_FILE, read_median
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        directory: where its files are.
+        model: the trained method, in eval mode.
+        cfg: the configuration that it was built from.
+        accuracy: the online probe's last top-1 on the validation set, in percent; None without
+            a validation set.
+    """
+
+    directory: Path
+    model: GrapAll4One
+    cfg: DictConfig
+    accuracy: float | None
+
+
+def pretrain(source: DictConfig) -> Run:
+    """Trains one method and leaves ``config.yaml``, ``metrics.csv``, ``weights.csv``,
+    ``weights.png``, ``median_weights.yaml`` and ``checkpoints/`` with solo-learn's ``args.json``.
+
+    Args:
+        source: a composed configuration with solo-learn's keys.
+
+    Raises:
+        ConfigError: anything in it that cannot be used, or a run directory that is taken.
+    """
+    cfg = prepare(source)
+    directory = run_dir(cfg)
+    if (directory / CONFIG_FILE).exists() and cfg.resume_from_checkpoint is None:
+        raise ConfigError(
+            f"name: {directory} already holds a run: give another name or checkpoint.dir"
+        )
+    _quiet()
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+
+    train_images = load_images(cfg.data, train=True)
+    val_images = None if _no_validation(cfg) else load_images(cfg.data, train=False)
+    parts = [each for each in (train_images, val_images) if each is not None]
+    cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
+    train_loader = pretrain_loader(cfg, train_images)
+    val_loader = None if val_images is None else evaluation_loader(cfg, val_images)
+
+    model = GrapAll4One(cfg)
+    if not cfg.performance.disable_channel_last:
+        model = model.to(memory_format=torch.channels_last)
+    trainer = _trainer(cfg, directory)
+    if trainer.is_global_zero:
+        _write_configs(source, cfg, directory)
+        print(f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}", flush=True)
+    try:
+        trainer.fit(
+            model,
+            train_loader,
+            val_loader,
+            ckpt_path=cfg.resume_from_checkpoint,
+            weights_only=True,
+        )
+    except FileNotFoundError as error:
+        if cfg.resume_from_checkpoint is None:
+            raise
+        raise ConfigError(f"resume_from_checkpoint: {error}".splitlines()[0]) from None
+    if trainer.is_global_zero and trainer.global_step:
+        plot_weights(directory / WEIGHTS_FILE, directory / "weights.png", terms_of(cfg))
+    accuracy = trainer.callback_metrics.get("val_acc1")
+    return Run(directory, model.eval(), cfg, None if accuracy is None else accuracy.item())
+
+
+def retrain(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
+    """Trains from scratch with the median weights that a run has found ("tuned", paper 4.2).
+
+    The new run goes beside the old one, with ``_tuned`` behind its name, unless the command line
+    gives it another ``name`` or ``checkpoint.dir``.
+
+    Args:
+        parent: the run's directory.
+        load: composes a configuration file, with what the command line changes in it.
+
+    Raises:
+        ConfigError: not a run's directory, or what :func:`pretrain` refuses.
+    """
+    file = parent / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file: give the folder of a run that has been trained")
+    weights = read_median(parent / MEDIAN_FILE)
+    saved = OmegaConf.load(file)
+    cfg = load(file)
+    OmegaConf.set_struct(cfg, False)
+    if cfg.name == saved.name:
+        cfg.name = f"{parent.resolve().name}_tuned"
+    if OmegaConf.select(cfg, "checkpoint.dir") == OmegaConf.select(saved, "checkpoint.dir"):
+        OmegaConf.update(cfg, "checkpoint.dir", str(parent.parent), force_add=True)
+    cfg.method = "grap_all4one"
+    cfg.weighting = {"name": "fixed", "weights": weights}
+    return pretrain(cfg)
+
+
+class WeightsProgressBar(TQDMProgressBar):
+    """Epoch, the current effective weights and the probe's accuracy."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        assert isinstance(pl_module, GrapAll4One)
+        weights = pl_module.effective_weights.tolist()
+        named = zip(pl_module.weighting.terms, weights, strict=True)
+        metrics: dict[str, Any] = {name: f"{value:.2f}" for name, value in named}
+        accuracy = trainer.callback_metrics.get("val_acc1", trainer.callback_metrics.get("train_acc1"))
+        if accuracy is not None:
+            metrics["probe"] = f"{accuracy.item():.1f}%"
+        return metrics
+
+    def init_validation_tqdm(self) -> Any:
+        bar = super().init_validation_tqdm()
+        bar.disable = True  # One bar is enough; its probe shows what validation found.
+        return bar
+
+
+class SafeWandbLogger(WandbLogger):
+    """W&B that cannot stop a run: its first failure is a warning, and the CSV files go on."""
+
+    failed = False
+
+    def _guard(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self.failed:
+            return
+        try:
+            method(*args, **kwargs)
+        except Exception as error:  # Whatever it is, the run matters more.
+            self.failed = True
+            warnings.warn(
+                f"W&B failed and is left out from here on ({error}); metrics.csv goes on. "
+                "Set wandb.offline=True or wandb.enabled=False to do without its server",
+                stacklevel=2,
+            )
+
+    def start(self, hparams: dict[str, Any]) -> bool:
+        """Opens the run and logs the configuration; False if that failed."""
+        self._guard(lambda: self.experiment)
+        self.log_hyperparams(hparams)
+        return not self.failed
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._guard(super().log_hyperparams, params)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._guard(super().log_metrics, metrics, step)
+
+    def save(self) -> None:
+        self._guard(super().save)
+
+    def finalize(self, status: str) -> None:
+        self._guard(super().finalize, status)
+
+
+def _trainer(cfg: DictConfig, directory: Path) -> pl.Trainer:
+    """A Trainer from every key of the configuration that is one of its arguments."""
+    callbacks: list[Callback] = []
+    if cfg.get("enable_progress_bar", True):
+        callbacks.append(WeightsProgressBar(leave=True))
+    if cfg.checkpoint.enabled:
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=directory / "checkpoints",
+                filename=f"{cfg.name}-ep={{epoch}}",
+                auto_insert_metric_name=False,
+                every_n_epochs=cfg.checkpoint.frequency,
+                save_top_k=-1 if cfg.checkpoint.keep_prev else 1,
+                save_on_train_epoch_end=True,
+            )
+        )
+    loggers: list[Logger] = [CSVLogger(str(directory), name="", version="")]
+    if cfg.wandb.enabled:
+        directory.mkdir(parents=True, exist_ok=True)
+        wandb = SafeWandbLogger(
+            name=cfg.name,
+            project=cfg.wandb.project,
+            entity=cfg.wandb.entity,
+            offline=cfg.wandb.offline,
+            save_dir=str(directory),
+        )
+        container: Any = OmegaConf.to_container(cfg, resolve=True)
+        if wandb.start(container):
+            loggers.append(wandb)
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+
+    valid = inspect.signature(pl.Trainer.__init__).parameters
+    container = OmegaConf.to_container(cfg, resolve=True)
+    kwargs = {name: value for name, value in container.items() if name in valid}
+    kwargs.update(
+        logger=loggers,
+        callbacks=callbacks,
+        default_root_dir=str(directory),
+        enable_checkpointing=cfg.checkpoint.enabled,
+        enable_model_summary=False,
+    )
+    try:
+        return pl.Trainer(**kwargs)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {error}".splitlines()[0]) from None
+
+
+def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None:
+    """``config.yaml`` to train from again, and ``args.json`` as solo-learn's scripts read it."""
+    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    plain = OmegaConf.to_container(source, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    OmegaConf.save(OmegaConf.create(plain), directory / CONFIG_FILE)
+    arguments = OmegaConf.to_container(cfg, resolve=True)
+    (directory / "checkpoints" / "args.json").write_text(json.dumps(arguments, indent=1))
+
+
+def _no_validation(cfg: DictConfig) -> bool:
+    return cfg.data.dataset != "digits" and (cfg.data.no_labels or cfg.data.val_path is None)
+
+
+def _quiet() -> None:
+    """Leaves out what says nothing about this run."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Experiment logs directory.*exists and is not empty.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    with contextlib.suppress(AttributeError):  # The tensor-core hint, on GPUs that have them.
+        torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())

@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Retrain from scratch with the median weights of a run: scripts/retrain_median.py RUN_DIR ..."""
+
+import sys
+
+from grap_solo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["retrain", *sys.argv[1:]]))
