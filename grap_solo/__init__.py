@@ -6,7 +6,14 @@ Importing this package needs neither Lightning nor solo-learn. ``import grap_sol
 
 from grap_solo.balance import SharedHead, Step, balance
 from grap_solo.errors import ConfigError
-from grap_solo.weighting import Equal, Fixed, GraP, Statistics, Weighting, build_weighting
+from grap_solo.weighting import (
+    Equal,
+    Fixed,
+    GraP,
+    Statistics,
+    Weighting,
+    build_weighting,
+)
 
 __version__ = "0.1.0"
 

@@ -179,7 +179,9 @@ def _gradient(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _statistics(
-    losses: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], down: Sequence[Tensor]
+    losses: Sequence[Tensor],
+    gradients: Sequence[Sequence[Tensor]],
+    down: Sequence[Tensor],
 ) -> Statistics:
     """Gramian, products and the downstream norm, summed over the views.
 

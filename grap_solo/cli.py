@@ -55,9 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _pretrain(arguments: list[str]) -> None:
     """hydra's own main, with ``--config-path`` relative to the current folder."""
     import hydra
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
     from grap_solo.errors import ConfigError
     from grap_solo.train import pretrain
+
+    refused: list[Exception] = []
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            pretrain(cfg)
+        except (ConfigError, OmegaConfBaseException) as error:
+            refused.append(error)  # Raised below: hydra would print lines of its own.
 
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
@@ -67,12 +77,13 @@ def _pretrain(arguments: list[str]) -> None:
             value = arguments[i + 1] if i + 1 < len(arguments) else ""
         if not Path(value).is_dir():
             raise ConfigError(f"{flag}: no such folder '{value}': give the folder of the file")
-        arguments[i if equals else i + 1] = f"{flag}={Path(value).resolve()}" if equals else str(
-            Path(value).resolve()
-        )
+        absolute = str(Path(value).resolve())
+        arguments[i if equals else i + 1] = f"{flag}={absolute}" if equals else absolute
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Its errors come to main(), which prints one line.
     sys.argv = ["grap-solo pretrain", *arguments]
-    hydra.main(version_base="1.2", config_path=None)(lambda cfg: _discard(pretrain(cfg)))()
+    hydra.main(version_base="1.2", config_path=None)(job)()
+    if refused:
+        raise refused[0]
 
 
 def _retrain(arguments: list[str]) -> None:
@@ -116,10 +127,6 @@ def _run(arguments: list[str]) -> None:
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     runpy.run_path(arguments[0], run_name="__main__")
-
-
-def _discard(_: object) -> None:
-    """hydra would log what a job returns."""
 
 
 if __name__ == "__main__":

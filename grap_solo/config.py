@@ -75,7 +75,12 @@ POSITIVE = (
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
-    "lars": {"momentum": 0.9, "eta": 1e-3, "clip_lr": False, "exclude_bias_n_norm": False},
+    "lars": {
+        "momentum": 0.9,
+        "eta": 1e-3,
+        "clip_lr": False,
+        "exclude_bias_n_norm": False,
+    },
     "adam": {},
     "adamw": {"betas": [0.9, 0.999]},
 }
@@ -100,7 +105,8 @@ def prepare(source: DictConfig) -> DictConfig:
     _check_keys(cfg)
     _check_weighting(cfg)
 
-    cfg.data.num_large_crops, cfg.data.num_small_crops = count_crops(cfg.augmentations), 0
+    crops = count_crops(cfg.get("augmentations") or [])
+    cfg.data.num_large_crops, cfg.data.num_small_crops = crops, 0
     if cfg.data.num_large_crops != 2:
         raise ConfigError(
             f"augmentations: All4One takes two views, not {cfg.data.num_large_crops}: "
@@ -185,8 +191,7 @@ def _check_keys(cfg: DictConfig) -> None:
         "adamw": torch.optim.AdamW,
         "lars": Lars,
     }
-    options |= set(inspect.signature(classes[optimizer].__init__).parameters) - {
-        "self",
+    options |= set(inspect.signature(classes[optimizer]).parameters) - {
         "params",
         "lr",
         "weight_decay",

@@ -128,7 +128,9 @@ def _write_summary(rows: Sequence[Row], directory: Path, seconds: float, run: Ru
         ]
         return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    rule = (
+        "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    )
     table = "\n".join([line(cells[0]), rule, *(line(row) for row in cells[1:])])
     notes = (
         f"Top-1 on digits' validation images in percent (one seed, {run.cfg.seed}; "

@@ -63,7 +63,12 @@ class WeightedKNNClassifier(Metric):
         super().__init__()
         self.k, self.T, self.distance_fx = k, T, distance_fx
         self.max_distance_matrix_size = max_distance_matrix_size
-        for name in ("train_features", "train_targets", "test_features", "test_targets"):
+        for name in (
+            "train_features",
+            "train_targets",
+            "test_features",
+            "test_targets",
+        ):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, **features: Tensor) -> None:

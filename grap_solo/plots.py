@@ -14,7 +14,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+COLORS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#D55E00",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+)
 
 
 def plot_weights(
@@ -41,7 +50,13 @@ def plot_weights(
         median = np.median(weights[:, k])
         axes.plot(epochs, weights[:, k], color=color, alpha=0.25, linewidth=0.8)
         smooth = _running_median(weights[:, k], int(per_epoch))
-        axes.plot(epochs, smooth, color=color, linewidth=1.8, label=f"{term}  (median {median:.2f})")
+        axes.plot(
+            epochs,
+            smooth,
+            color=color,
+            linewidth=1.8,
+            label=f"{term}  (median {median:.2f})",
+        )
         if reference is not None:
             axes.axhline(reference[term], color=color, linestyle="--", linewidth=0.9, alpha=0.7)
     axes.set_xlabel("epoch")

@@ -25,7 +25,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.config import prepare, run_dir, terms_of
-from grap_solo.data import evaluation_loader, load_images, pretrain_loader, resolve_num_classes
+from grap_solo.data import (
+    evaluation_loader,
+    load_images,
+    pretrain_loader,
+    resolve_num_classes,
+)
 from grap_solo.errors import ConfigError
 from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
@@ -85,7 +90,10 @@ def pretrain(source: DictConfig) -> Run:
     trainer = _trainer(cfg, directory)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
-        print(f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}", flush=True)
+        print(
+            f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}",
+            flush=True,
+        )
     try:
         trainer.fit(
             model,
@@ -141,7 +149,9 @@ class WeightsProgressBar(TQDMProgressBar):
         weights = pl_module.effective_weights.tolist()
         named = zip(pl_module.weighting.terms, weights, strict=True)
         metrics: dict[str, Any] = {name: f"{value:.2f}" for name, value in named}
-        accuracy = trainer.callback_metrics.get("val_acc1", trainer.callback_metrics.get("train_acc1"))
+        accuracy = trainer.callback_metrics.get(
+            "val_acc1", trainer.callback_metrics.get("train_acc1")
+        )
         if accuracy is not None:
             metrics["probe"] = f"{accuracy.item():.1f}%"
         return metrics

@@ -37,7 +37,7 @@ class TrajectoryRecorder(Callback):
         self.rows: list[tuple[int, int, Tensor]] = []
         self.last_step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.last_step = trainer.global_step
         if not trainer.is_global_zero:
             return
@@ -62,17 +62,21 @@ class TrajectoryRecorder(Callback):
         return self.directory / WEIGHTS_FILE
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
     ) -> None:
         if trainer.global_step > self.last_step and trainer.is_global_zero:
-            row = (trainer.global_step, trainer.current_epoch, pl_module.effective_weights)
-            self.rows.append(row)  # type: ignore[arg-type]
+            row = (
+                trainer.global_step,
+                trainer.current_epoch,
+                pl_module.effective_weights,
+            )
+            self.rows.append(row)
         self.last_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._flush()
         if trainer.is_global_zero and trainer.global_step:
             write_median(self.file, pl_module.weighting.warmup_epochs)
@@ -94,7 +98,9 @@ class TrajectoryRecorder(Callback):
         self.rows.clear()
 
 
-def read_weights(path: str | os.PathLike[str]) -> tuple[list[str], np.ndarray, np.ndarray]:
+def read_weights(
+    path: str | os.PathLike[str],
+) -> tuple[list[str], np.ndarray, np.ndarray]:
     """The terms, the steps and epochs (N, 2), and the weights (N, K) of a ``weights.csv``.
 
     Raises:

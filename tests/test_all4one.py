@@ -124,7 +124,9 @@ def test_correlation_losses_on_known_matrices():
     assert byol < 1e-7 and barlow.item() == pytest.approx(1.0)
 
 
-def test_backbone_and_heads_run_once_per_view_and_the_queue_is_searched_once(monkeypatch):
+def test_backbone_and_heads_run_once_per_view_and_the_queue_is_searched_once(
+    monkeypatch,
+):
     model = build()
     calls = {name: 0 for name in ("backbone", "momentum_backbone", "projector", "predictor",
                                   "predictor2", "momentum_projector")}  # fmt: skip
@@ -205,7 +207,9 @@ def test_unlabelled_samples_are_left_out_of_the_probe():
     logits = torch.randn(6, 3)
     labels = torch.tensor([0, -1, 2, -1, 1, -1])
     kept = labels >= 0
-    torch.testing.assert_close(probe_loss(logits, labels), F.cross_entropy(logits[kept], labels[kept]))
+    torch.testing.assert_close(
+        probe_loss(logits, labels), F.cross_entropy(logits[kept], labels[kept])
+    )
     assert probe_loss(logits, torch.full((6,), -1)) == 0
 
 
@@ -220,4 +224,7 @@ def test_separate_projectors_are_trained_and_averaged():
     trained = {id(p) for group in model.learnable_params for p in group["params"]}
     assert all(id(p) in trained for p in model.projectors.parameters())
     assert not any(id(p) in trained for p in model.momentum_projectors.parameters())
-    assert (model.projectors["byol"], model.momentum_projectors["byol"]) in model.momentum_pairs
+    assert (
+        model.projectors["byol"],
+        model.momentum_projectors["byol"],
+    ) in model.momentum_pairs

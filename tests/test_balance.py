@@ -74,9 +74,7 @@ def test_gradients_are_those_of_algorithm_1(count, views, scale):
     probe = gradients(net.downstream(*[each.detach() for each in z]), net.probe)
 
     views_in = net.embed()
-    step = balance(
-        views_in if views > 1 else views_in[0], net.terms, net.downstream, weighting
-    )
+    step = balance(views_in if views > 1 else views_in[0], net.terms, net.downstream, weighting)
     step.loss.backward()
 
     torch.testing.assert_close(step.weights, expected_weights)

@@ -12,7 +12,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from grap_solo import ConfigError
-from grap_solo.data import evaluation_loader, load_images, pretrain_loader, resolve_num_classes
+from grap_solo.data import (
+    evaluation_loader,
+    load_images,
+    pretrain_loader,
+    resolve_num_classes,
+)
 from grap_solo.data.augmentations import GaussianBlur, build_pipeline, build_views
 from grap_solo.data.datasets import Digits
 
@@ -82,7 +87,9 @@ def write_parquet(path, labels):
 def test_digits_are_stratified_and_apart():
     train, validation = Digits(True), Digits(False)
     assert (len(train), len(validation)) == (1257, 540)
-    share = np.bincount(train.targets) / (np.bincount(train.targets) + np.bincount(validation.targets))
+    share = np.bincount(train.targets) / (
+        np.bincount(train.targets) + np.bincount(validation.targets)
+    )
     assert np.allclose(share, 0.7, atol=0.005)
     image, label = train[0]
     assert image.size == (32, 32) and image.mode == "RGB" and label in range(10)
@@ -156,10 +163,19 @@ def test_fraction_is_stratified_and_repeatable():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (data("custom", train_path="nowhere"), "data.train_path: no such folder nowhere"),
+        (
+            data("custom", train_path="nowhere"),
+            "data.train_path: no such folder nowhere",
+        ),
         (data("imagenet100", train_path="nowhere"), "data.train_path: no such folder"),
-        (data("cifar10", format="parquet", train_path="no.parquet"), "no such file no.parquet"),
-        (data("cifar100", train_path="nowhere"), "no CIFAR100 in nowhere: put its 'cifar-100"),
+        (
+            data("cifar10", format="parquet", train_path="no.parquet"),
+            "no such file no.parquet",
+        ),
+        (
+            data("cifar100", train_path="nowhere"),
+            "no CIFAR100 in nowhere: put its 'cifar-100",
+        ),
         (data("digits", fraction=1.5), "data.fraction: .*below 1"),
     ],
 )

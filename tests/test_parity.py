@@ -33,7 +33,10 @@ def pair(method, **changes):
 
 
 # A bias before a batch-norm has no gradient but rounding.
-NO_GRADIENT = {f"projector.{k}.bias" for k in (0, 3, 6)} | {"predictor.0.bias", "predictor2.0.bias"}
+NO_GRADIENT = {f"projector.{k}.bias" for k in (0, 3, 6)} | {
+    "predictor.0.bias",
+    "predictor2.0.bias",
+}
 
 
 def assert_close(actual, expected, tolerance, name, floor=1e-12):
@@ -44,7 +47,9 @@ def assert_close(actual, expected, tolerance, name, floor=1e-12):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "size"), [("cifar10", 32), ("imagenet100", 64)], ids=["cifar", "imagenet"]
+    ("dataset", "size"),
+    [("cifar10", 32), ("imagenet100", 64)],
+    ids=["cifar", "imagenet"],
 )
 @pytest.mark.parametrize("order", [1, -1], ids=["views", "views_swapped"])
 def test_loss_and_every_gradient_are_solo_learns(method, dataset, size, order):
@@ -82,9 +87,7 @@ def test_loss_and_every_gradient_are_solo_learns(method, dataset, size, order):
 
 
 @pytest.mark.parametrize("warmup_epochs", [0, 1, 2])
-def test_twenty_steps_under_lars_with_the_schedule_stay_together(
-    method, tmp_path, warmup_epochs
-):
+def test_twenty_steps_under_lars_with_the_schedule_stay_together(method, tmp_path, warmup_epochs):
     scheduler = {"name": "warmup_cosine", "warmup_epochs": warmup_epochs}
     # In float64, since the steps of a batch-normed net multiply rounding errors.
     changes = {"scheduler": scheduler, "data": {"dataset": "imagenet100"}}
@@ -134,7 +137,10 @@ def test_knn_is_solo_learns(monkeypatch):
         lambda self, compute_on_step=None, **kwargs: start(self, **kwargs),
     )
     generator = torch.Generator().manual_seed(0)
-    train, test = torch.randn(200, 8, generator=generator), torch.randn(60, 8, generator=generator)
+    train, test = (
+        torch.randn(200, 8, generator=generator),
+        torch.randn(60, 8, generator=generator),
+    )
     labels = torch.arange(200) % 10
     targets = torch.arange(60) % 10
     train[:, 0] += labels

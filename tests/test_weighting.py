@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grap_solo import ConfigError, Equal, Fixed, GraP, Statistics, balance, build_weighting
+from grap_solo import (
+    ConfigError,
+    Equal,
+    Fixed,
+    GraP,
+    Statistics,
+    balance,
+    build_weighting,
+)
 from grap_solo.weighting.grap import NORMALIZATIONS, objective, objective_gradient
 
 
@@ -114,7 +122,10 @@ def test_direction_does_not_depend_on_the_scale_of_the_downstream_gradient():
     for step in range(20):
         stats, _ = statistics(4, step)
         scaled = Statistics(
-            stats.losses, stats.gramian, 1e4 * stats.products, 1e4 * stats.downstream_norm
+            stats.losses,
+            stats.gramian,
+            1e4 * stats.products,
+            1e4 * stats.downstream_norm,
         )
         small(stats)
         large(scaled)
@@ -219,11 +230,20 @@ def test_grap_finds_the_useful_term_and_is_never_negative(seed):
         ({"name": "grap", "shared_heads": "mean"}, "weighting.shared_heads"),
         ({"name": "grap", "warmup_epochs": -1}, "weighting.warmup_epochs"),
         ({"name": "fixed", "weights": {"a": 1.0}}, "no weight for b: add it"),
-        ({"name": "fixed", "weights": {"a": 1.0, "b": 1.0, "c": 1.0}}, "unknown name 'c'"),
+        (
+            {"name": "fixed", "weights": {"a": 1.0, "b": 1.0, "c": 1.0}},
+            "unknown name 'c'",
+        ),
         ({"name": "fixed", "weights": {"a": -1.0, "b": 1.0}}, "weights.a: .*0 or more"),
         ({"name": "fixed", "weights": {"a": 0.0, "b": 0.0}}, "every weight is 0"),
-        ({"name": "fixed", "weights": {"a": float("nan"), "b": 1.0}}, "weights.a: .*finite"),
-        ({"name": "fixed", "weights": [1.0, 2.0]}, "expected one weight for each of a, b"),
+        (
+            {"name": "fixed", "weights": {"a": float("nan"), "b": 1.0}},
+            "weights.a: .*finite",
+        ),
+        (
+            {"name": "fixed", "weights": [1.0, 2.0]},
+            "expected one weight for each of a, b",
+        ),
     ],
 )
 def test_bad_blocks_are_refused_in_one_line(config, message):

@@ -82,7 +82,14 @@ def build_pipeline(dataset: str, config: DictConfig) -> Transform:
         jitter = config.color_jitter
         steps.append(
             v2.RandomApply(
-                [v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)],
+                [
+                    v2.ColorJitter(
+                        jitter.brightness,
+                        jitter.contrast,
+                        jitter.saturation,
+                        jitter.hue,
+                    )
+                ],
                 p=jitter.prob,
             )
         )
@@ -140,6 +147,13 @@ def count_crops(augmentations: Sequence[Any]) -> int:
 
 
 def _to_tensor(dataset: str, config: DictConfig) -> list[Any]:
-    default = (config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD))
+    default = (
+        config.get("mean", IMAGENET_DEFAULT_MEAN),
+        config.get("std", IMAGENET_DEFAULT_STD),
+    )
     mean, std = MEAN_AND_STD.get(dataset, default)
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    return [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(mean), list(std)),
+    ]

@@ -171,7 +171,10 @@ def load_images(config: DictConfig, train: bool) -> Images:
             raise ConfigError(f"data.fraction: expected a number below 1, or -1, got {fraction}")
         labels = None if config.no_labels else images.targets
         kept, _ = train_test_split(
-            np.arange(len(images)), train_size=fraction, stratify=labels, random_state=42
+            np.arange(len(images)),
+            train_size=fraction,
+            stratify=labels,
+            random_state=42,
         )
         images = Part(images, kept)
     return images
@@ -181,7 +184,10 @@ def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:
     if config.format == "parquet":
         if path.is_dir():
             names = ("train.parquet",) if train else ("val.parquet", "test.parquet")
-            path = next((path / name for name in names if (path / name).exists()), path / names[0])
+            path = next(
+                (path / name for name in names if (path / name).exists()),
+                path / names[0],
+            )
         if not path.is_file():
             raise ConfigError(f"{key}: no such file {path}: give a Parquet file")
         return Parquet(path)

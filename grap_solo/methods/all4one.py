@@ -171,7 +171,7 @@ class GrapAll4One(All4One):
         """The nearest queue entry of each sample of the first view, (B,), and the targets."""
         found = (torch.cat(list(momentum_z)) @ self.queue.T).topk(NEIGHBOURS, dim=1).indices
         by_view = found.chunk(len(momentum_z))
-        momentum = {
+        momentum: dict[str, Views] = {
             term: [F.normalize(projector(each), dim=-1) for each in momentum_feats]
             for term, projector in self.momentum_projectors.items()
         }
@@ -333,7 +333,10 @@ def contrast(anchors: Tensor, predictions: Tensor, temperature: float) -> Tensor
         predictions: (B, D); over N processes the anchors are compared with all N*B.
         temperature: of the softmax.
     """
-    anchors, predictions = F.normalize(anchors, dim=-1), F.normalize(predictions, dim=-1)
+    anchors, predictions = (
+        F.normalize(anchors, dim=-1),
+        F.normalize(predictions, dim=-1),
+    )
     start = 0
     if dist.is_available() and dist.is_initialized():
         start = dist.get_rank() * len(predictions)
@@ -365,15 +368,21 @@ def correlation_losses(projections: Views, momentum: Views) -> tuple[Tensor, Ten
 def _probe(classifier: nn.Module, feats: Tensor, targets: Tensor) -> dict[str, Tensor]:
     logits = classifier(feats)
     acc1, acc5 = accuracy_at_k(logits, targets)
-    return {"logits": logits, "loss": probe_loss(logits, targets), "acc1": acc1, "acc5": acc5}
+    return {
+        "logits": logits,
+        "loss": probe_loss(logits, targets),
+        "acc1": acc1,
+        "acc5": acc5,
+    }
 
 
 def _fresh_copy(module: nn.Module) -> nn.Module:
     """The same architecture with an initialisation of its own."""
     fresh = copy.deepcopy(module)
     for each in fresh.modules():
-        if hasattr(each, "reset_parameters"):
-            each.reset_parameters()
+        reset: Any = getattr(each, "reset_parameters", None)
+        if reset is not None:
+            reset()
     return fresh
 
 

@@ -30,6 +30,8 @@ except ImportError:
 else:
     BASE = "solo-learn"
 
+__all__ = ["BASE", "All4One", "describe_base", "register_backbone", "register_method"]
+
 
 def describe_base() -> str:
     """One line that says which base the methods stand on."""

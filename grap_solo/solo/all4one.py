@@ -59,14 +59,15 @@ class PositionalEncoding(nn.Module):
         self.penc = nn.Module()
         self.penc.penc = nn.Module()
         self.penc.penc.register_buffer(
-            "inv_freq", 1.0 / (10000 ** (torch.arange(0, channels, 2).float() / channels))
+            "inv_freq",
+            1.0 / (10000 ** (torch.arange(0, channels, 2).float() / channels)),
         )
         self.length, self.dim = length, dim
         self._encoding: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, length, dim) to (B, length, dim)."""
-        inv_freq = self.penc.penc.inv_freq
+        inv_freq: Tensor = self.get_buffer("penc.penc.inv_freq")
         cached = self._encoding
         if cached is None or cached.device != inv_freq.device or cached.dtype != inv_freq.dtype:
             angles = torch.outer(torch.arange(self.dim, device=inv_freq.device), inv_freq)

@@ -62,7 +62,8 @@ def build_backbone(name: str, dataset: str, kwargs: dict[str, Any]) -> tuple[nn.
             model.maxpool = nn.Identity()
         return model, model.inplanes
     model = timm.create_model(check_backbone(name), num_classes=0, **kwargs)
-    return model, int(model.num_features)
+    features: Any = model.num_features
+    return model, int(features)
 
 
 def check_backbone(name: str) -> str:
@@ -103,8 +104,9 @@ class MomentumUpdater:
     @torch.no_grad()
     def update(self, online: nn.Module, momentum: nn.Module) -> None:
         """``momentum <- tau momentum + (1 - tau) online``."""
-        targets = list(momentum.parameters())
-        torch._foreach_lerp_(targets, list(online.parameters()), 1 - self.cur_tau)
+        targets: list[Tensor] = list(momentum.parameters())
+        sources: list[Tensor] = list(online.parameters())
+        torch._foreach_lerp_(targets, sources, 1 - self.cur_tau)
 
     def update_tau(self, cur_step: int, max_steps: int) -> None:
         cosine = (math.cos(math.pi * cur_step / max_steps) + 1) / 2
@@ -112,7 +114,12 @@ class MomentumUpdater:
 
 
 def warmup_cosine(
-    base_lr: float, warmup: float, total: float, start_lr: float, min_lr: float, step: int
+    base_lr: float,
+    warmup: float,
+    total: float,
+    start_lr: float,
+    min_lr: float,
+    step: int,
 ) -> float:
     """The learning rate at a step: linear up to ``base_lr``, then a cosine down to ``min_lr``."""
     if step < warmup:
@@ -138,7 +145,10 @@ class BaseMomentumMethod(pl.LightningModule):
         self.cfg = cfg
 
         build = partial(
-            build_backbone, cfg.backbone.name, cfg.data.dataset, dict(cfg.backbone.kwargs)
+            build_backbone,
+            cfg.backbone.name,
+            cfg.data.dataset,
+            dict(cfg.backbone.kwargs),
         )
         self.backbone, self.features_dim = build()
         self.momentum_backbone, _ = build()
@@ -165,7 +175,9 @@ class BaseMomentumMethod(pl.LightningModule):
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Fills in solo-learn's defaults."""
-        return OmegaConf.merge(OmegaConf.create(DEFAULTS), cfg)
+        merged = OmegaConf.merge(OmegaConf.create(DEFAULTS), cfg)
+        assert isinstance(merged, DictConfig)
+        return merged
 
     # ---- optimisation -----------------------------------------------------------------------
 
@@ -291,7 +303,9 @@ class BaseMomentumMethod(pl.LightningModule):
         for key in ("loss", "acc1", "acc5"):
             outs[key] = sum(outs[key]) / len(views)
         self._log(
-            train_class_loss=outs["loss"], train_acc1=outs["acc1"], train_acc5=outs["acc5"]
+            train_class_loss=outs["loss"],
+            train_acc1=outs["acc1"],
+            train_acc5=outs["acc5"],
         )
         if self.knn_eval:
             repeated = targets.repeat(len(views))
@@ -330,7 +344,11 @@ class BaseMomentumMethod(pl.LightningModule):
     def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         images, targets = batch
         out = self.base_validation_step(images, targets)
-        metrics = {"val_loss": out["loss"], "val_acc1": out["acc1"], "val_acc5": out["acc5"]}
+        metrics = {
+            "val_loss": out["loss"],
+            "val_acc1": out["acc1"],
+            "val_acc5": out["acc5"],
+        }
         if self.knn_eval and not self.trainer.sanity_checking:
             self.knn.update(test_features=out["feats"].detach(), test_targets=targets)
         if self.momentum_classifier is not None:
@@ -356,7 +374,9 @@ def _lists(outs: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def split_groups(
-    groups: Iterable[dict[str, Any]], apart: Callable[[Tensor], bool], changes: dict[str, Any]
+    groups: Iterable[dict[str, Any]],
+    apart: Callable[[Tensor], bool],
+    changes: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Parameter groups with the parameters for which ``apart`` holds in groups of their own.
 

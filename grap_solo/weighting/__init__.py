@@ -27,7 +27,9 @@ __all__ = [
 
 
 def build_weighting(
-    config: Mapping[str, Any], terms: Sequence[str], reference: Mapping[str, float] | None = None
+    config: Mapping[str, Any],
+    terms: Sequence[str],
+    reference: Mapping[str, float] | None = None,
 ) -> Weighting:
     """The weighting that a ``weighting:`` block describes.
 

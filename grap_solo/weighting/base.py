@@ -56,9 +56,7 @@ class Weighting(nn.Module):
         if not self.terms or len(set(self.terms)) < len(self.terms):
             raise ConfigError(f"terms: expected one or more different names, got {list(terms)}")
         given = dict.fromkeys(self.terms, 1.0) if reference is None else reference
-        self.register_buffer(
-            "reference", self.vector(given, "reference weights"), persistent=False
-        )
+        self.register_buffer("reference", self.vector(given, "reference weights"), persistent=False)
 
     def vector(self, weights: Mapping[str, float], where: str) -> Tensor:
         """The weights as a (K,) tensor: every term once, finite, not negative, not all zero."""
@@ -137,11 +135,10 @@ class GradientWeighting(Weighting):
         gramian = statistics.gramian
         assert gramian is not None, f"{type(self).__name__} needs gradients"
         weights = self.direction(statistics)
+        unit = weights / composite_norm(weights, gramian)
         if self.scale == "reference":
-            target = composite_norm(self.reference.to(gramian.dtype), gramian)
-        else:
-            target = 1.0 if self.scale == "unit" else float(self.scale)
-        return weights * (target / composite_norm(weights, gramian))
+            return unit * composite_norm(self.reference.to(gramian.dtype), gramian)
+        return unit if self.scale == "unit" else unit * float(self.scale)
 
 
 def composite_norm(weights: Tensor, gramian: Tensor) -> Tensor:
