@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import matplotlib
 import numpy as np
 
-from grap_solo.trajectory import read_weights
+from grap_solo.trajectory import median_weights, read_weights
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
@@ -30,47 +30,48 @@ def plot_weights(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     reference: Mapping[str, float] | None = None,
+    warmup_epochs: int = 0,
 ) -> None:
-    """Draws a ``weights.csv``: each term's effective weight over the epochs, and its median.
+    """Draws a ``weights.csv``: each term's effective weight at every step (thin), and the median
+    of an epoch's steps around it.
 
     Args:
         source: the ``weights.csv``.
         target: the PNG file to write.
         reference: each term's reference weight, drawn as a dashed line.
+        warmup_epochs: leading epochs that the medians in the legend leave out.
 
     Raises:
         ConfigError: see :func:`~grap_solo.trajectory.read_weights`.
     """
     terms, steps, weights = read_weights(source)
+    medians = median_weights(source, warmup_epochs)
     per_epoch = np.bincount(steps[:, 1]).max()
     epochs = steps[:, 0] / per_epoch
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     for k, term in enumerate(terms):
-        color = COLORS[k % len(COLORS)]
-        median = np.median(weights[:, k])
-        axes.plot(epochs, weights[:, k], color=color, alpha=0.25, linewidth=0.8)
-        smooth = _running_median(weights[:, k], int(per_epoch))
-        axes.plot(
-            epochs,
-            smooth,
-            color=color,
-            linewidth=1.8,
-            label=f"{term}  (median {median:.2f})",
-        )
-        if reference is not None:
-            axes.axhline(reference[term], color=color, linestyle="--", linewidth=0.9, alpha=0.7)
+        color, values = COLORS[k % len(COLORS)], weights[:, k]
+        axes.plot(epochs, values, color=color, alpha=0.3, linewidth=0.8)
+        label = f"{term}: median {medians[term]:.2f}"
+        axes.plot(epochs, _running_median(values, int(per_epoch)), color=color, label=label)
+    for value in sorted(set((reference or {}).values())):
+        named = ", ".join(term for term in terms if (reference or {}).get(term) == value)
+        axes.axhline(value, color="0.45", linestyle="--", linewidth=0.9)
+        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        note = f"reference\n{named}"
+        axes.annotate(note, (epochs[-1], value), fontsize=8, color="0.35", **place)
     axes.set_xlabel("epoch")
     axes.set_ylabel("effective weight")
     axes.set_xlim(0, epochs[-1])
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    title = "Effective weights: each step, and the median of an epoch's steps"
-    axes.set_title(title + ("; dashed: reference" if reference is not None else ""), fontsize=10)
-    axes.legend(frameon=False, fontsize=9, ncols=2)
+    figure.legend(loc="outside upper center", ncols=len(terms), frameon=False, fontsize=9)
     figure.savefig(target, dpi=150)
     plt.close(figure)
 
 
 def _running_median(values: np.ndarray, width: int) -> np.ndarray:
-    """The median of the last ``width`` values at each place."""
-    return np.array([np.median(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))])
+    """The median of the ``width`` values around each place, fewer at the ends."""
+    half = width // 2
+    around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([np.median(each) for each in around])

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     TQDMProgressBar,
 )
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
@@ -107,7 +109,8 @@ def pretrain(source: DictConfig) -> Run:
             raise
         raise ConfigError(f"resume_from_checkpoint: {error}".splitlines()[0]) from None
     if trainer.is_global_zero and trainer.global_step:
-        plot_weights(directory / WEIGHTS_FILE, directory / "weights.png", terms_of(cfg))
+        source, target = directory / WEIGHTS_FILE, directory / "weights.png"
+        plot_weights(source, target, terms_of(cfg), model.weighting.warmup_epochs)
     accuracy = trainer.callback_metrics.get("val_acc1")
     return Run(directory, model.eval(), cfg, None if accuracy is None else accuracy.item())
 
@@ -156,10 +159,8 @@ class WeightsProgressBar(TQDMProgressBar):
             metrics["probe"] = f"{accuracy.item():.1f}%"
         return metrics
 
-    def init_validation_tqdm(self) -> Any:
-        bar = super().init_validation_tqdm()
-        bar.disable = True  # One bar is enough; its probe shows what validation found.
-        return bar
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)  # One bar is enough: its probe shows what validation found.
 
 
 class SafeWandbLogger(WandbLogger):
@@ -203,7 +204,9 @@ def _trainer(cfg: DictConfig, directory: Path) -> pl.Trainer:
     """A Trainer from every key of the configuration that is one of its arguments."""
     callbacks: list[Callback] = []
     if cfg.get("enable_progress_bar", True):
-        callbacks.append(WeightsProgressBar(leave=True))
+        # Lines that cannot be overwritten are better few: one for each epoch.
+        refresh = 1 if sys.stdout.isatty() else sys.maxsize
+        callbacks.append(WeightsProgressBar(refresh_rate=refresh, leave=True))
     if cfg.checkpoint.enabled:
         callbacks.append(
             ModelCheckpoint(
