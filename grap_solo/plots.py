@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from grap_solo.trajectory import median_weights, read_weights
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
 COLORS = (
@@ -48,7 +45,8 @@ def plot_weights(
     medians = median_weights(source, warmup_epochs)
     per_epoch = np.bincount(steps[:, 1]).max()
     epochs = steps[:, 0] / per_epoch
-    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")  # Without pyplot: no global state.
+    axes = figure.subplots()
     for k, term in enumerate(terms):
         color, values = COLORS[k % len(COLORS)], weights[:, k]
         axes.plot(epochs, values, color=color, alpha=0.3, linewidth=0.8)
@@ -57,9 +55,15 @@ def plot_weights(
     for value in sorted(set((reference or {}).values())):
         named = ", ".join(term for term in terms if (reference or {}).get(term) == value)
         axes.axhline(value, color="0.45", linestyle="--", linewidth=0.9)
-        place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-        note = f"reference\n{named}"
-        axes.annotate(note, (epochs[-1], value), fontsize=8, color="0.35", **place)
+        axes.annotate(
+            f"reference\n{named}",
+            (epochs[-1], value),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color="0.35",
+        )
     axes.set_xlabel("epoch")
     axes.set_ylabel("effective weight")
     axes.set_xlim(0, epochs[-1])
@@ -67,7 +71,6 @@ def plot_weights(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(terms), frameon=False, fontsize=9)
     figure.savefig(target, dpi=150)
-    plt.close(figure)
 
 
 def _running_median(values: np.ndarray, width: int) -> np.ndarray:

@@ -109,8 +109,8 @@ def pretrain(source: DictConfig) -> Run:
             raise
         raise ConfigError(f"resume_from_checkpoint: {error}".splitlines()[0]) from None
     if trainer.is_global_zero and trainer.global_step:
-        source, target = directory / WEIGHTS_FILE, directory / "weights.png"
-        plot_weights(source, target, terms_of(cfg), model.weighting.warmup_epochs)
+        record, picture = directory / WEIGHTS_FILE, directory / "weights.png"
+        plot_weights(record, picture, terms_of(cfg), model.weighting.warmup_epochs)
     accuracy = trainer.callback_metrics.get("val_acc1")
     return Run(directory, model.eval(), cfg, None if accuracy is None else accuracy.item())
 
