@@ -108,8 +108,8 @@ def balance(
     With any other weighting it is ``sum_k e_k L_k(z) + L_down(z')``: plain training.
 
     The inner gradients are taken by ``z'`` only, so the hooks of parameters (DDP's among them)
-    fire once, in the one real backward. In a process group the Gramian and the products are
-    averaged over the processes: K*K + K + 1 numbers.
+    fire once, in the one real backward. In a process group the Gramian and the products are those
+    of the joined batch, at the cost of one all-reduce of K*K + K + 1 numbers.
 
     Args:
         embeddings: the backbone's output, (B, D), or a sequence of them, one for each view.

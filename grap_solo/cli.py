@@ -19,6 +19,9 @@ usage: grap-solo pretrain --config-path DIR --config-name NAME [key=value ...]
            run one of solo-learn's scripts with grap_all4one among its methods
 """
 
+# As solo-learn's files have it: hydra makes no folders of its own.
+QUIET_HYDRA = {"hydra.output_subdir": "null", "hydra.run.dir": "."}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Bad input ends in one line on stderr and exit code 2."""
@@ -38,12 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from grap_solo.errors import ConfigError
 
     try:
         commands[given[0]](given[1:])
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, HydraException, OmegaConfBaseException, YAMLError) as error:
         line = " ".join(str(error).split())
         print(f"grap-solo: {line}", file=sys.stderr)
         return 2
@@ -63,13 +67,16 @@ def _pretrain(arguments: list[str]) -> None:
 
     refused: list[Exception] = []
 
+    started = list(sys.argv)
+
     def job(cfg: DictConfig) -> None:
+        sys.argv = started  # With which Lightning starts the processes of further devices.
         try:
             pretrain(cfg)
         except (ConfigError, OmegaConfBaseException) as error:
             refused.append(error)  # Raised below: hydra would print lines of its own.
 
-    for i, argument in enumerate(arguments):
+    for i, argument in enumerate(list(arguments)):
         flag, equals, value = argument.partition("=")
         if flag not in ("--config-path", "-cp", "--config-dir", "-cd"):
             continue
@@ -79,6 +86,9 @@ def _pretrain(arguments: list[str]) -> None:
             raise ConfigError(f"{flag}: no such folder '{value}': give the folder of the file")
         absolute = str(Path(value).resolve())
         arguments[i if equals else i + 1] = f"{flag}={absolute}" if equals else absolute
+    for key, value in QUIET_HYDRA.items():
+        if not any(argument.lstrip("+").startswith(f"{key}=") for argument in arguments):
+            arguments.append(f"{key}={value}")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Its errors come to main(), which prints one line.
     sys.argv = ["grap-solo pretrain", *arguments]
     hydra.main(version_base="1.2", config_path=None)(job)()
@@ -95,10 +105,10 @@ def _retrain(arguments: list[str]) -> None:
 
     if not arguments or "=" in arguments[0]:
         raise ConfigError("retrain: give the folder of a run: grap-solo retrain RUN_DIR")
-    parent, overrides = Path(arguments[0]), arguments[1:]
+    parent, overrides = Path(arguments[0]).resolve(), arguments[1:]
 
     def load(file: Path) -> DictConfig:
-        with initialize_config_dir(str(file.parent.resolve()), version_base="1.2"):
+        with initialize_config_dir(str(file.parent), version_base="1.2"):
             return compose(file.name, overrides)
 
     retrain(parent, load)

@@ -6,6 +6,7 @@ What solo-learn's ``parse_cfg`` does for its scripts, with an error of one line 
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from grap_solo.data import DATASETS, FORMATS, count_crops
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods.all4one import JOINED_REFERENCE, REFERENCE
 from grap_solo.solo import register_backbone
-from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS, check_backbone
+from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS, build_backbone
 from grap_solo.weighting import build_weighting
 
 METHODS = ("all4one", "grap_all4one")
@@ -45,33 +46,64 @@ checkpoint: {enabled: true, dir: runs, frequency: 1, keep_prev: false}
 wandb: {enabled: false, entity: null, project: grap-solo, offline: false}
 """
 
-REQUIRED = (
-    "name",
-    "method",
-    "backbone.name",
-    "data.dataset",
-    "max_epochs",
-    "optimizer.name",
-    "optimizer.batch_size",
-    "optimizer.lr",
-    "optimizer.classifier_lr",
-    "optimizer.weight_decay",
-    "scheduler.name",
-    "method_kwargs.temperature",
-    "method_kwargs.proj_hidden_dim",
-    "method_kwargs.proj_output_dim",
-    "method_kwargs.pred_hidden_dim",
+# Every key with a value that is checked: its type and, for numbers, the least that it may be.
+# "above 0" is a least of POSITIVE. Those with a default or an absence that is legal are optional.
+POSITIVE = 1e-300
+REQUIRED: dict[str, tuple[type, float | None]] = {
+    "name": (str, None),
+    "method": (str, None),
+    "backbone.name": (str, None),
+    "data.dataset": (str, None),
+    "max_epochs": (int, 1),
+    "optimizer.name": (str, None),
+    "optimizer.batch_size": (int, 1),
+    "optimizer.lr": (float, POSITIVE),
+    "optimizer.classifier_lr": (float, POSITIVE),
+    "optimizer.weight_decay": (float, 0),
+    "scheduler.name": (str, None),
+    "method_kwargs.temperature": (float, POSITIVE),
+    "method_kwargs.proj_hidden_dim": (int, 1),
+    "method_kwargs.proj_output_dim": (int, 1),
+    "method_kwargs.pred_hidden_dim": (int, 1),
+}
+OPTIONAL: dict[str, tuple[type, float | None]] = {
+    "seed": (int, 0),
+    "num_nodes": (int, 1),
+    "accumulate_grad_batches": (int, 1),
+    "data.num_workers": (int, 0),
+    "data.fraction": (float, -1),
+    "data.num_classes": (int, 1),
+    "data.no_labels": (bool, None),
+    "data.download": (bool, None),
+    "method_kwargs.queue_size": (int, 5),  # The neighbours of a sample.
+    "method_kwargs.join_feature_loss": (bool, None),
+    "method_kwargs.separate_projectors": (bool, None),
+    "momentum.base_tau": (float, 0),
+    "momentum.final_tau": (float, 0),
+    "momentum.classifier": (bool, None),
+    "scheduler.warmup_epochs": (float, 0),
+    "scheduler.warmup_start_lr": (float, 0),
+    "scheduler.min_lr": (float, 0),
+    "checkpoint.enabled": (bool, None),
+    "checkpoint.dir": (str, None),
+    "checkpoint.frequency": (int, 1),
+    "checkpoint.keep_prev": (bool, None),
+    "knn_eval.enabled": (bool, None),
+    "knn_eval.k": (int, 1),
+    "wandb.enabled": (bool, None),
+    "performance.disable_channel_last": (bool, None),
+}
+BLOCKS: tuple[str, ...] = (
+    "backbone",
+    "data",
+    "optimizer",
+    "scheduler",
+    "method_kwargs",
+    "momentum",
+    "checkpoint",
 )
-
-POSITIVE = (
-    "max_epochs",
-    "optimizer.batch_size",
-    "optimizer.lr",
-    "optimizer.classifier_lr",
-    "method_kwargs.temperature",
-    "method_kwargs.proj_hidden_dim",
-    "method_kwargs.pred_hidden_dim",
-)
+BLOCKS += ("knn_eval", "wandb", "performance", "optimizer.kwargs", "backbone.kwargs", "weighting")
+PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed", "32", "64", "16", "bf16")
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
@@ -98,7 +130,10 @@ def prepare(source: DictConfig) -> DictConfig:
     Raises:
         ConfigError: the first key that cannot be used.
     """
-    cfg = OmegaConf.merge(OmegaConf.create(DEFAULTS), source)
+    try:
+        cfg = OmegaConf.merge(OmegaConf.create(DEFAULTS), source)
+    except (ValueError, TypeError) as error:  # A value where a block stands, or the reverse.
+        raise ConfigError(f"configuration: {error}".splitlines()[0]) from None
     assert isinstance(cfg, DictConfig)
     OmegaConf.set_struct(cfg, False)
     _none_strings(cfg)
@@ -115,8 +150,7 @@ def prepare(source: DictConfig) -> DictConfig:
     kwargs = OPTIMIZER_DEFAULTS[cfg.optimizer.name]
     cfg.optimizer.kwargs = OmegaConf.merge(OmegaConf.create(kwargs), cfg.optimizer.kwargs)
     _resolve_devices(cfg)
-    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
-    scale = cfg.optimizer.batch_size * devices * cfg.num_nodes / 256
+    scale = images_per_step(cfg) / 256
     cfg.optimizer.lr *= scale
     if cfg.data.val_path is not None or cfg.data.dataset == "digits":  # As in solo-learn.
         cfg.optimizer.classifier_lr *= scale
@@ -126,6 +160,12 @@ def prepare(source: DictConfig) -> DictConfig:
 def run_dir(cfg: DictConfig) -> Path:
     """Where a run leaves its files: ``checkpoint.dir`` / ``name``."""
     return Path(cfg.checkpoint.dir) / cfg.name
+
+
+def images_per_step(cfg: DictConfig) -> int:
+    """The images of one step, over all devices and nodes."""
+    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
+    return int(cfg.optimizer.batch_size * devices * cfg.num_nodes)
 
 
 def terms_of(cfg: DictConfig) -> dict[str, float]:
@@ -146,15 +186,33 @@ def _none_strings(node: Any) -> None:
             node[key] = None
 
 
+def _check_value(cfg: DictConfig, key: str, kind: type, least: float | None) -> None:
+    """One key's type and range."""
+    value = OmegaConf.select(cfg, key)
+    numbers = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}[kind]
+    fits = isinstance(value, numbers) and (kind is bool or not isinstance(value, bool))
+    if fits and (least is None or (value >= least and math.isfinite(value))):
+        return
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}[kind]
+    if least is not None:
+        words += " above 0" if least == POSITIVE else f" of {least} or more"
+    raise ConfigError(f"{key}: expected {words}, got {value!r}")
+
+
 def _check_keys(cfg: DictConfig) -> None:
-    """Required keys, names and ranges."""
-    for key in REQUIRED:
-        if OmegaConf.select(cfg, key, default=None) is None:
+    """Required keys, types, ranges and names."""
+    for key in BLOCKS:
+        if not OmegaConf.is_dict(OmegaConf.select(cfg, key, default=OmegaConf.create({}))):
+            raise ConfigError(
+                f"{key}: expected a block of keys, got {OmegaConf.select(cfg, key)!r}"
+            )
+    for key, (kind, least) in REQUIRED.items():
+        if OmegaConf.select(cfg, key) is None:
             raise ConfigError(f"{key}: missing: add it to the configuration file")
-    for key in POSITIVE:
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"{key}: expected a number above 0, got {value!r}")
+        _check_value(cfg, key, kind, least)
+    for key, (kind, least) in OPTIONAL.items():
+        if OmegaConf.select(cfg, key) is not None:
+            _check_value(cfg, key, kind, least)
     for key, valid in (
         ("method", METHODS),
         ("data.dataset", DATASETS),
@@ -162,26 +220,23 @@ def _check_keys(cfg: DictConfig) -> None:
         ("optimizer.name", OPTIMIZERS),
         ("scheduler.name", SCHEDULERS),
         ("scheduler.interval", ("step", "epoch")),
+        ("knn_eval.distance_func", ("euclidean", "cosine")),
+        ("precision", PRECISIONS),
     ):
         name = OmegaConf.select(cfg, key)
-        if name not in valid:
+        if name is not None and str(name) not in valid:
             raise unknown_name(key, name, valid)
-    for key in ("train_path", "val_path"):
-        needed = cfg.data.dataset != "digits" and (key == "train_path" or not cfg.data.no_labels)
-        if needed and cfg.data[key] is None:
-            raise ConfigError(f"data.{key}: missing: say where the images are")
-    check_backbone(cfg.backbone.name)
+    if cfg.scheduler.name == "step" and not cfg.scheduler.get("lr_decay_steps"):
+        raise ConfigError("scheduler.lr_decay_steps: missing: 'step' needs a list of epochs")
+    if cfg.data.dataset != "digits" and cfg.data.train_path is None:
+        raise ConfigError("data.train_path: missing: say where the images are")
     register_backbone(cfg.backbone.name)
-
-    kwargs = cfg.method_kwargs
-    if kwargs.queue_size < 5:
+    _check_backbone_kwargs(cfg)
+    dim = cfg.method_kwargs.proj_output_dim
+    if dim % 8:
         raise ConfigError(
-            f"method_kwargs.queue_size: {kwargs.queue_size} is fewer than the 5 neighbours"
-        )
-    if kwargs.proj_output_dim < 8 or kwargs.proj_output_dim % 8:
-        raise ConfigError(
-            f"method_kwargs.proj_output_dim: {kwargs.proj_output_dim} cannot be split among the "
-            "transformer's 8 attention heads: use a multiple of 8"
+            f"method_kwargs.proj_output_dim: {dim} cannot be split among the transformer's 8 "
+            "attention heads: use a multiple of 8"
         )
     optimizer = cfg.optimizer.name
     options = set(OPTIMIZER_DEFAULTS[optimizer])
@@ -204,6 +259,17 @@ def _check_keys(cfg: DictConfig) -> None:
             raise unknown_name("optimizer.kwargs", key, options)
 
 
+def _check_backbone_kwargs(cfg: DictConfig) -> None:
+    """Tries the backbone's arguments on a model without memory."""
+    kwargs = cfg.backbone.get("kwargs") or {}
+    if kwargs:
+        try:
+            with torch.device("meta"):
+                build_backbone(cfg.backbone.name, cfg.data.dataset, dict(kwargs))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"backbone.kwargs: {error}".splitlines()[0]) from None
+
+
 def _check_weighting(cfg: DictConfig) -> None:
     """Fills in the block, or tries it: what it refuses is known before any data is read."""
     if cfg.method == "all4one":
@@ -215,8 +281,6 @@ def _check_weighting(cfg: DictConfig) -> None:
         cfg.weighting = {"name": "fixed"}
     elif "weighting" not in cfg:
         cfg.weighting = {"name": "grap"}
-    if not OmegaConf.is_dict(cfg.weighting):
-        raise ConfigError("weighting: expected a block with a 'name:', such as 'name: grap'")
     reference = terms_of(cfg)
     block: Any = OmegaConf.to_container(cfg.weighting, resolve=True)
     build_weighting(block, tuple(reference), reference)
@@ -224,15 +288,21 @@ def _check_weighting(cfg: DictConfig) -> None:
 
 def _resolve_devices(cfg: DictConfig) -> None:
     """Lets a file that was written for GPUs run on the CPU, and one device need no strategy."""
+    devices = cfg.devices
+    if isinstance(devices, str) and devices.isdigit():
+        cfg.devices = devices = int(devices)
+    listed = OmegaConf.is_list(devices) and all(type(each) is int for each in devices)
+    count = len(devices) if listed else devices
+    if type(count) is not int or count < 1:
+        raise ConfigError(
+            f"devices: expected a number of them or a list such as [0], got {devices}"
+        )
     cpu = cfg.accelerator == "cpu" or (
         cfg.accelerator == "auto" and not torch.accelerator.is_available()
     )
-    if cpu and not isinstance(cfg.devices, int):
-        cfg.devices = len(cfg.devices)
-    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
-    if devices < 1:
-        raise ConfigError(f"devices: expected at least one, got {cfg.devices}")
-    if devices * cfg.num_nodes == 1:
+    if cpu:
+        cfg.devices = count
+    if count * cfg.num_nodes == 1:
         cfg.strategy, cfg.sync_batchnorm = "auto", False
     elif cpu and cfg.get("sync_batchnorm"):
         raise ConfigError("sync_batchnorm: torch has it for GPUs only: set sync_batchnorm=False")

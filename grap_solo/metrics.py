@@ -82,7 +82,7 @@ class WeightedKNNClassifier(Metric):
 
         -1 for both when either side has no features yet.
         """
-        if not len(self.train_features) or not len(self.test_features):
+        if not any(map(len, self.train_features)) or not any(map(len, self.test_features)):
             return -1.0, -1.0
         train, test = _cat(self.train_features), _cat(self.test_features)
         labels, targets = _cat(self.train_targets), _cat(self.test_targets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
@@ -24,9 +23,10 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from grap_solo.config import prepare, run_dir, terms_of
+from grap_solo.config import images_per_step, prepare, run_dir, terms_of
 from grap_solo.data import (
     evaluation_loader,
     load_images,
@@ -72,10 +72,7 @@ def pretrain(source: DictConfig) -> Run:
     """
     cfg = prepare(source)
     directory = run_dir(cfg)
-    if (directory / CONFIG_FILE).exists() and cfg.resume_from_checkpoint is None:
-        raise ConfigError(
-            f"name: {directory} already holds a run: give another name or checkpoint.dir"
-        )
+    _check_directory(cfg, directory)
     _quiet()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -83,7 +80,7 @@ def pretrain(source: DictConfig) -> Run:
     val_images = None if _no_validation(cfg) else load_images(cfg.data, train=False)
     parts = [each for each in (train_images, val_images) if each is not None]
     cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
-    train_loader = pretrain_loader(cfg, train_images)
+    train_loader = pretrain_loader(cfg, train_images, images_per_step(cfg))
     val_loader = None if val_images is None else evaluation_loader(cfg, val_images)
 
     model = GrapAll4One(cfg)
@@ -96,18 +93,14 @@ def pretrain(source: DictConfig) -> Run:
             f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}",
             flush=True,
         )
-    try:
-        trainer.fit(
-            model,
-            train_loader,
-            val_loader,
-            ckpt_path=cfg.resume_from_checkpoint,
-            weights_only=True,
-        )
-    except FileNotFoundError as error:
-        if cfg.resume_from_checkpoint is None:
-            raise
-        raise ConfigError(f"resume_from_checkpoint: {error}".splitlines()[0]) from None
+    trainer.fit(
+        model,
+        train_loader,
+        val_loader,
+        ckpt_path=cfg.resume_from_checkpoint,
+        weights_only=True,
+    )
+    _save_final(trainer, cfg, directory)
     if trainer.is_global_zero and trainer.global_step:
         record, picture = directory / WEIGHTS_FILE, directory / "weights.png"
         plot_weights(record, picture, terms_of(cfg), model.weighting.warmup_epochs)
@@ -141,6 +134,7 @@ def retrain(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
         OmegaConf.update(cfg, "checkpoint.dir", str(parent.parent), force_add=True)
     cfg.method = "grap_all4one"
     cfg.weighting = {"name": "fixed", "weights": weights}
+    cfg.resume_from_checkpoint = None
     return pretrain(cfg)
 
 
@@ -200,6 +194,43 @@ class SafeWandbLogger(WandbLogger):
         self._guard(super().finalize, status)
 
 
+def _check_directory(cfg: DictConfig, directory: Path) -> None:
+    """Keeps what is there: a run is written over by nothing, and resumed by its own checkpoint.
+
+    Raises:
+        ConfigError: the directory is taken or cannot be made, or the checkpoint is not usable.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return  # The first process has made the directory by now.
+    checkpoint = cfg.resume_from_checkpoint
+    taken = (directory / CONFIG_FILE).exists()
+    if checkpoint is None and taken:
+        raise ConfigError(
+            f"name: {directory} already holds a run: give another name or checkpoint.dir"
+        )
+    if checkpoint is not None:
+        key = f"resume_from_checkpoint: {checkpoint}"
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            terms = len(state["state_dict"].get("weighting.weights", terms_of(cfg)))
+        except FileNotFoundError:
+            raise ConfigError(f"{key}: no such file") from None
+        except Exception:
+            raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
+        if terms != len(terms_of(cfg)):
+            raise ConfigError(f"{key}: it is of a run with {terms} terms")
+        if taken and directory.resolve() not in Path(checkpoint).resolve().parents:
+            raise ConfigError(f"{key}: it is not of the run in {directory}: give another name")
+    try:
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"checkpoint.dir: {directory} cannot be made: {error}") from None
+    metrics = directory / "metrics.csv"
+    if metrics.exists():  # The logger starts a new file; what it would delete is kept.
+        parts = len(list(directory.glob("metrics.part*.csv")))
+        metrics.rename(directory / f"metrics.part{parts + 1}.csv")
+
+
 def _trainer(cfg: DictConfig, directory: Path) -> pl.Trainer:
     """A Trainer from every key of the configuration that is one of its arguments."""
     callbacks: list[Callback] = []
@@ -220,7 +251,6 @@ def _trainer(cfg: DictConfig, directory: Path) -> pl.Trainer:
         )
     loggers: list[Logger] = [CSVLogger(str(directory), name="", version="")]
     if cfg.wandb.enabled:
-        directory.mkdir(parents=True, exist_ok=True)
         wandb = SafeWandbLogger(
             name=cfg.name,
             project=cfg.wandb.project,
@@ -249,12 +279,25 @@ def _trainer(cfg: DictConfig, directory: Path) -> pl.Trainer:
         raise ConfigError(f"trainer: {error}".splitlines()[0]) from None
 
 
+def _save_final(trainer: pl.Trainer, cfg: DictConfig, directory: Path) -> None:
+    """The last epoch's checkpoint too, where ``checkpoint.frequency`` has left it out."""
+    folder = directory / "checkpoints"
+    final = folder / f"{cfg.name}-ep={trainer.current_epoch - 1}.ckpt"
+    if not cfg.checkpoint.enabled or not trainer.global_step or final.exists():
+        return
+    earlier = [] if cfg.checkpoint.keep_prev else list(folder.glob("*.ckpt"))
+    trainer.save_checkpoint(final)
+    if trainer.is_global_zero:
+        for path in earlier:
+            path.unlink()
+
+
 def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None:
     """``config.yaml`` to train from again, and ``args.json`` as solo-learn's scripts read it."""
-    (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     plain = OmegaConf.to_container(source, resolve=True)
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
+    plain.pop("resume_from_checkpoint", None)  # The configuration repeats the run from its start.
     OmegaConf.save(OmegaConf.create(plain), directory / CONFIG_FILE)
     arguments = OmegaConf.to_container(cfg, resolve=True)
     (directory / "checkpoints" / "args.json").write_text(json.dumps(arguments, indent=1))
@@ -276,5 +319,3 @@ def _quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
-    with contextlib.suppress(AttributeError):  # The tensor-core hint, on GPUs that have them.
-        torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())

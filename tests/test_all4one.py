@@ -58,7 +58,7 @@ def test_a_grap_step_is_algorithm_1_on_the_real_terms(joined, separate, shared_h
     effective = model.effective_weights
 
     # The same by one ordinary backward per term through the undetached embeddings.
-    shared, model.shared = model.shared, None
+    model.shared = None
     feats = [model.multicrop_forward(x)["feats"] for x in batch[1]]
     momentum = [model.momentum_forward(x) for x in batch[1]]
     _, targets = model._targets([m["z"] for m in momentum], [m["feats"] for m in momentum])
@@ -78,7 +78,7 @@ def test_a_grap_step_is_algorithm_1_on_the_real_terms(joined, separate, shared_h
         if name.startswith("classifier"):
             continue
         weighted = name.startswith("backbone") or (
-            shared is not None and name.startswith("projector.")
+            shared_heads == "weights" and not separate and name.startswith("projector.")
         )
         expected = sum(
             (weights[term] if weighted else 1.0) * grads[name]
@@ -108,6 +108,56 @@ def test_joined_feature_is_the_mean_of_the_two_and_the_default_total_is_unchange
     torch.testing.assert_close(totals[0], totals[1])
     mean = (steps[0]["train_byol_loss"] + steps[0]["train_barlow_loss"]) / 2
     torch.testing.assert_close(steps[1]["train_feature_loss"], 10 * mean)
+
+
+def test_the_terms_against_an_independent_reference():
+    """Written out from solo-learn's description, sample by sample."""
+    model = build(method_kwargs={"queue_size": 12})
+    index, views, labels = doubled(image_batch(batch=6))
+    queue = model.queue.clone()
+    logged = {}
+    model.log_dict = lambda metrics, **kwargs: logged.update(metrics)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.training_step([index, views, labels], 0)
+    model.load_state_dict(state)
+    z = [model.projector(model.backbone(x)) for x in views]
+    targets = [
+        F.normalize(model.momentum_projector(model.momentum_backbone(x)), dim=1) for x in views
+    ]
+    order = [(t @ queue.T).argsort(dim=1, descending=True)[:, :5] for t in targets]
+    near = [queue[each] for each in order]
+
+    def info_nce(anchors, others, temperature):
+        losses = []
+        for i, anchor in enumerate(anchors):
+            cosines = torch.stack([F.cosine_similarity(anchor, o, dim=0) for o in others])
+            losses.append(torch.logsumexp(cosines / temperature, 0) - cosines[i] / temperature)
+        return sum(losses) / len(losses)
+
+    def token(sequence):  # Feature d is the position, and the five tokens are the channels.
+        encoding = torch.zeros(5, 16, dtype=torch.float64)
+        for k in range(5):
+            frequency = torch.tensor(1 / 10000 ** ((k - k % 2) / 6), dtype=torch.float32).double()
+            angle = torch.arange(16) * frequency
+            encoding[k] = angle.sin() if k % 2 == 0 else angle.cos()
+        return model.transformer_encoder(sequence + encoding)[:, 0]
+
+    shifted = [torch.cat([model.predictor2(z[v])[:, None], near[v][:, :4]], 1) for v in (0, 1)]
+    expected = {
+        "nnclr": sum(info_nce(near[v][:, 0], model.predictor(z[1 - v]), 0.2) for v in (0, 1)) / 2,
+        "att_nnclr": sum(info_nce(token(near[v]), token(shifted[1 - v]), 0.1) for v in (0, 1)) / 2,
+    }
+    squares = {"byol": [], "barlow": []}
+    for v in (0, 1):
+        a, b = F.normalize(targets[v], dim=0), F.normalize(z[1 - v], dim=0)
+        for i in range(16):
+            for j in range(16):
+                c = (a[:, i] * b[:, j]).sum()
+                squares["byol" if i == j else "barlow"].append((c - float(i == j)) ** 2)
+    expected |= {k: (sum(values) / len(values)).sqrt() for k, values in squares.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(logged[f"train_{name}_loss"], value.detach(), msg=name)
+    assert logged["train_nn_acc"] == 0  # An empty queue's labels are -1.
 
 
 def test_correlation_losses_on_known_matrices():

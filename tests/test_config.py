@@ -82,6 +82,12 @@ def test_learning_rates_scale_with_the_images_of_a_step():
     assert OmegaConf.to_yaml(source) == before
 
 
+@pytest.mark.parametrize(("devices", "count"), [("2", 2), ("[0,1,2]", 3), ("'2'", 2), ("[0]", 1)])
+def test_devices_are_counted_once(devices, count):
+    cfg = prepare(digits(f"devices={devices}"))
+    assert cfg.devices == count and cfg.optimizer.lr == count * 64 / 256
+
+
 def test_method_and_block_are_all_that_turns_all4one_into_grap():
     plain = digits(file="all4one")
     OmegaConf.set_struct(plain, False)
@@ -101,7 +107,7 @@ BAD = [
     (["weighting.name=grp"], r"weighting\.name: .*did you mean 'grap'"),
     (["+weighting.learning_rate=1"], r"unknown name 'learning_rate'"),
     (["weighting.lr=-1"], r"weighting\.lr"),
-    (["weighting=grap"], r"weighting: expected a block"),
+    (["weighting=grap"], r"weighting: expected a block|configuration: "),
     (["+weighting.weights={nnclr: 1}"], r"unknown name 'weights'"),
     (["data.dataset=cifar"], r"data\.dataset: .*did you mean 'cifar10"),
     (["data.dataset=cifar10"], r"data\.train_path: missing"),
@@ -113,16 +119,31 @@ BAD = [
         r"optimizer\.kwargs: unknown name 'trust_coeff'",
     ),
     (["scheduler.name=cosine"], r"scheduler\.name: .*did you mean 'warmup_cosine'"),
-    (["optimizer.batch_size=0"], r"optimizer\.batch_size: .*above 0"),
+    (["optimizer.batch_size=0"], r"optimizer\.batch_size: .*of 1 or more, got 0"),
     (["optimizer.lr=fast"], r"optimizer\.lr: .*above 0, got 'fast'"),
-    (["max_epochs=-1"], r"max_epochs: .*above 0"),
+    (["max_epochs=-1"], r"max_epochs: .*of 1 or more"),
     (["~method_kwargs.temperature"], r"method_kwargs\.temperature: missing: add it"),
-    (["method_kwargs.queue_size=4"], r"method_kwargs\.queue_size: 4 .*5 neighbours"),
+    (["method_kwargs.queue_size=4"], r"method_kwargs\.queue_size: .*of 5 or more, got 4"),
+    (["method_kwargs.queue_size=big"], r"queue_size: expected a whole number .*'big'"),
+    (["method_kwargs.proj_hidden_dim=256.5"], r"proj_hidden_dim: expected a whole number"),
+    (["optimizer.weight_decay=-1"], r"weight_decay: expected a number of 0 or more, got -1"),
+    (["name=5"], r"name: expected a text, got 5"),
+    (["momentum=0.9"], r"momentum: expected a block of keys, got 0\.9|configuration: "),
+    (["weighting.scale=null"], r"weighting\.scale"),
+    (["scheduler.name=step"], r"scheduler\.lr_decay_steps: missing"),
+    (["scheduler.warmup_epochs=ten"], r"scheduler\.warmup_epochs: expected a number"),
+    (["knn_eval.enabled=true", "+knn_eval.distance_func=cosin"], r"did you mean 'cosine'"),
+    (["precision=bf16-true"], r"precision: unknown name 'bf16-true': did you mean '64-true'"),
+    (["checkpoint.frequency=-1"], r"checkpoint\.frequency: .*of 1 or more, got -1"),
+    (["augmentations.0.num_crops=two"], r"num_crops: expected a whole number"),
+    (["devices=auto"], r"devices: expected a number of them or a list"),
+    (["devices=-1"], r"devices: expected a number of them or a list"),
+    (["+backbone.kwargs={foo: 1}"], r"backbone\.kwargs: .*foo"),
     (["method_kwargs.proj_output_dim=100"], r"proj_output_dim: 100 .*multiple of 8"),
     (["augmentations.0.num_crops=2"], r"augmentations: All4One takes two views, not 3"),
     (["augmentations.0.crop_size=16"], r"augmentations: .*one crop_size"),
     (["augmentations=[]"], r"augmentations: missing"),
-    (["devices=0"], r"devices: expected at least one"),
+    (["devices=0"], r"devices: expected a number of them"),
     (["devices=2", "+sync_batchnorm=true"], r"sync_batchnorm: .*GPUs only"),
 ]
 

@@ -101,7 +101,7 @@ def test_digits_are_stratified_and_apart():
 def test_loaders_give_solo_learns_batches():
     cfg = config(data("digits"), batch_size=100)
     images = load_images(cfg.data, train=True)
-    batches = list(pretrain_loader(cfg, images))
+    batches = list(pretrain_loader(cfg, images, 100))
     assert len(batches) == 12  # The last 57 images make no batch.
     indexes, views, labels = batches[0]
     assert [view.shape for view in views] == [(100, 3, 8, 8)] * 2
@@ -131,6 +131,11 @@ def test_image_folder_and_unlabelled_folder(folder):
     plain = load_images(data("custom", train_path=flat, no_labels=True), train=True)
     assert len(plain) == 4 and set(plain.targets) == {-1}
     assert plain[2][0].tobytes() == picture(12).tobytes()
+    # Labels that are there are not looked at either.
+    for block in (data("custom", train_path=str(folder), no_labels=True),
+                  data("digits", no_labels=True)):  # fmt: skip
+        hidden = load_images(block, train=True)
+        assert set(hidden.targets) == {-1} and hidden[5][1] == -1
 
 
 def test_torchvisions_own_cifar_files(tmp_path, monkeypatch):
@@ -176,7 +181,8 @@ def test_fraction_is_stratified_and_repeatable():
             data("cifar100", train_path="nowhere"),
             "no CIFAR100 in nowhere: put its 'cifar-100",
         ),
-        (data("digits", fraction=1.5), "data.fraction: .*below 1"),
+        (data("digits", fraction=1.5), "data.fraction: 1.5 of 1257"),
+        (data("digits", fraction=0.001), "data.fraction: 0.001 of 1257"),
     ],
 )
 def test_what_is_not_there_is_named_in_one_line(block, message):
@@ -194,6 +200,9 @@ def test_empty_sources_are_refused(tmp_path):
     table = pq.read_table(tmp_path / "train.parquet").slice(0, 0)
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(ConfigError, match="no images in"):
+        load_images(data("cifar10", format="parquet", train_path=str(tmp_path)), train=True)
+    pq.write_table(pa.table({"img": [b"x"], "label": [1]}), tmp_path / "train.parquet")
+    with pytest.raises(ConfigError, match="columns 'img'"):
         load_images(data("cifar10", format="parquet", train_path=str(tmp_path)), train=True)
     pq.write_table(pa.table({"image": [1]}), tmp_path / "train.parquet")
     with pytest.raises(ConfigError, match="columns 'img'"):
@@ -218,7 +227,7 @@ def test_class_counts_that_do_not_fit(folder, tmp_path_factory):
 def test_a_batch_larger_than_the_dataset_is_refused():
     cfg = config(data("digits"), batch_size=1258)
     with pytest.raises(ConfigError, match=r"optimizer\.batch_size: 1258 .* only 1257"):
-        pretrain_loader(cfg, load_images(cfg.data, train=True))
+        pretrain_loader(cfg, load_images(cfg.data, train=True), 1258)
 
 
 def test_each_key_does_what_it_says():

@@ -18,7 +18,8 @@ from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.demo import demo
 from grap_solo.methods import GrapAll4One
-from grap_solo.train import SafeWandbLogger, pretrain
+from grap_solo.solo.base import MomentumUpdater
+from grap_solo.train import SafeWandbLogger, pretrain, retrain
 from grap_solo.trajectory import median_weights, read_weights
 
 ROOT = Path(__file__).parents[1]
@@ -188,17 +189,80 @@ def test_a_run_repeats_from_its_config_and_seed(grap, tmp_path):
     assert (other.directory / "weights.csv").read_bytes() != first.read_bytes()
 
 
-def test_resume_goes_on_from_the_checkpoint(tmp_path):
-    whole = pretrain(digits("grap", tmp_path / "whole", "max_epochs=3"))
-    first = digits("grap", tmp_path / "parts", "max_epochs=3")
+def test_resume_goes_on_from_the_checkpoint_and_loses_nothing(tmp_path, monkeypatch):
+    taus = []
+    update = MomentumUpdater.update
+
+    def recorded(self, online, momentum):
+        taus.append(self.cur_tau)
+        update(self, online, momentum)
+
+    monkeypatch.setattr(MomentumUpdater, "update", recorded)
+    pretrain(digits("grap", tmp_path / "whole", "max_epochs=3"))
+    whole, taus[:] = list(taus), []
+    assert len(set(whole)) == 9
+
+    first = digits("grap", tmp_path / "parts", "max_epochs=3", "log_every_n_steps=1")
     OmegaConf.set_struct(first, False)
-    started = pretrain(OmegaConf.merge(first, {"max_steps": 6}))
-    (file,) = (started.directory / "checkpoints").glob("*.ckpt")
-    resumed = pretrain(OmegaConf.merge(first, {"resume_from_checkpoint": str(file)}))
-    _, steps, _ = read_weights(resumed.directory / "weights.csv")
-    assert steps[:, 0].tolist() == list(range(1, 10))
-    assert resumed.model.momentum_updater.cur_tau == whole.model.momentum_updater.cur_tau
-    assert resumed.model.weighting.updates == 9
+
+    def stop(self, trainer, *args):  # Killed at the end of the second epoch.
+        if trainer.current_epoch == 1:
+            raise EOFError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grap_solo.trajectory.TrajectoryRecorder.on_train_epoch_start", stop)
+        with pytest.raises(EOFError):
+            pretrain(first)
+    directory = tmp_path / "parts" / "grap-digits"
+    (file,) = (directory / "checkpoints").glob("*.ckpt")
+    state = torch.load(file, weights_only=True)["state_dict"]
+    resuming = OmegaConf.merge(first, {"resume_from_checkpoint": str(file)})
+    resumed = pretrain(resuming)
+    assert taus == pytest.approx(whole)  # Step for step, across the break.
+    _, steps, weights = read_weights(directory / "weights.csv")
+    assert steps[:, 0].tolist() == list(range(1, 10)) and resumed.model.weighting.updates == 9
+    # The first resumed step is given the weights that the checkpoint holds, up to their scale.
+    saved = state["weighting.weights"].numpy()
+    assert weights[3] / weights[3].sum() == pytest.approx(saved / saved.sum(), rel=1e-5)
+    # What the first part had logged is still there, and the configuration starts from the start.
+    assert (directory / "metrics.part1.csv").stat().st_size > 0
+    assert "resume_from_checkpoint" not in (directory / "config.yaml").read_text()
+
+    retrained = retrain(directory, lambda path: OmegaConf.load(path))
+    assert retrained.directory.name == "grap-digits_tuned"
+    other = digits("grap", tmp_path / "other")
+    pretrain(other)
+    for name, key in (("other", "not of the run"), ("none.ckpt", "no such file")):
+        OmegaConf.set_struct(other, False)
+        path = file if name == "other" else tmp_path / name
+        path = next((directory / "checkpoints").glob("*.ckpt")) if name == "other" else path
+        with pytest.raises(ConfigError, match=f"resume_from_checkpoint: .*{key}"):
+            pretrain(OmegaConf.merge(other, {"resume_from_checkpoint": str(path)}))
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(ConfigError, match="not a checkpoint, or one cut short"):
+        broken = {"resume_from_checkpoint": str(tmp_path / "text.ckpt"), "name": "new"}
+        pretrain(OmegaConf.merge(other, broken))
+
+
+def test_the_last_epoch_is_saved_whatever_the_frequency(tmp_path):
+    run = pretrain(digits("grap", tmp_path, "max_epochs=3", "checkpoint.frequency=2"))
+    (file,) = (run.directory / "checkpoints").glob("*.ckpt")
+    assert file.name == "grap-digits-ep=2.ckpt"
+    saved = torch.load(file, weights_only=True)["state_dict"]
+    assert torch.equal(saved["projector.0.weight"], run.model.projector[0].weight)
+
+
+def test_two_processes_train_from_the_command_line(tmp_path):
+    """Lightning starts the second process with the first one's own command."""
+    done = command(
+        "pretrain", "--config-path", DIGITS, "--config-name", "grap.yaml", *SMALL,
+        "devices=2", "+strategy=ddp", "optimizer.batch_size=32", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    directory = tmp_path / "runs" / "grap-digits"
+    _, steps, weights = read_weights(directory / "weights.csv")
+    assert steps[:, 0].tolist() == [1, 2, 3, 4, 5, 6] and (weights >= 0).all()
+    assert (directory / "median_weights.yaml").exists()
 
 
 def test_warmup_holds_the_weights_and_the_median_leaves_it_out(tmp_path):
@@ -338,6 +402,20 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(
     assert first.startswith("grap-solo: ") and message in first
     assert not rest or arguments == ["train"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_yaml_file_is_one_line(tmp_path, capfd):
+    (tmp_path / "broken.yaml").write_text("name: [1, 2\nmethod: x\n")
+    assert main(["pretrain", f"--config-path={tmp_path}", "--config-name=broken"]) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("grap-solo: ") and "broken.yaml" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir: .*cannot be made"):
+        pretrain(digits("grap", tmp_path / "file"))
 
 
 def test_a_run_that_is_there_is_not_written_over(grap, capfd):

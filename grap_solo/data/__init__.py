@@ -58,14 +58,17 @@ class _Evaluated(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
 
-def pretrain_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:
+def pretrain_loader(cfg: DictConfig, images: Images, together: int) -> DataLoader[Any]:
     """Shuffled batches ``[indexes, views, labels]``; the last, smaller one is dropped.
+
+    Args:
+        cfg: the configuration.
+        images: what to train on.
+        together: the images of one step, over all devices.
 
     Raises:
         ConfigError: fewer images than one batch needs.
     """
-    devices = cfg.devices if isinstance(cfg.devices, int) else len(cfg.devices)
-    together = cfg.optimizer.batch_size * devices * cfg.num_nodes
     if together > len(images):
         raise ConfigError(
             f"optimizer.batch_size: {together} images a step, but the training set has only "

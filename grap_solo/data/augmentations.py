@@ -135,12 +135,16 @@ def count_crops(augmentations: Sequence[Any]) -> int:
     Raises:
         ConfigError: no entries, one without ``crop_size`` or ``num_crops``, or another size.
     """
-    if not augmentations:
+    if not isinstance(augmentations, Sequence) or not augmentations:
         raise ConfigError("augmentations: missing: give a list of pipelines, as solo-learn does")
     for each in augmentations:
         for key in ("crop_size", "num_crops"):
             if key not in each:
                 raise ConfigError(f"augmentations: an entry has no '{key}': add it")
+            if type(each[key]) is not int or each[key] < 1:
+                raise ConfigError(
+                    f"augmentations: {key}: expected a whole number of 1 or more, got {each[key]!r}"
+                )
     if len({each.crop_size for each in augmentations}) > 1:
         raise ConfigError("augmentations: All4One takes no small crops: give one crop_size")
     return sum(each.num_crops for each in augmentations)

@@ -82,17 +82,18 @@ class Parquet(Images):
 
     def __init__(self, path: Path) -> None:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
 
         try:
             table = pyarrow.parquet.read_table(path, columns=["img", "label"])
-            self.encoded = table["img"].combine_chunks().field("bytes")
-        except (pyarrow.ArrowException, KeyError) as error:
+            self.encoded = pyarrow.compute.struct_field(table["img"], "bytes")
+            self.targets = table["label"].to_numpy().astype(np.int64)
+        except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
             line = str(error).splitlines()[0]
             raise ConfigError(
                 f"{path}: not a Parquet file with columns 'img' (with 'bytes') and 'label': {line}"
             ) from None
-        self.targets = table["label"].to_numpy()
 
     def __getitem__(self, index: int) -> Sample:
         data = io.BytesIO(self.encoded[index].as_py())
@@ -112,7 +113,7 @@ class Torchvision(Images):
         return image, int(label)
 
 
-class UnlabelledFolder(Images):
+class Folder(Images):
     """All images of one folder, without labels.
 
     Args:
@@ -126,6 +127,21 @@ class UnlabelledFolder(Images):
 
     def __getitem__(self, index: int) -> Sample:
         return Image.open(self.files[index]).convert("RGB"), -1
+
+
+class Unlabelled(Images):
+    """A dataset's images without their labels.
+
+    Args:
+        dataset: the dataset.
+    """
+
+    def __init__(self, dataset: Images) -> None:
+        self.dataset, self.classes = dataset, dataset.classes
+        self.targets = np.full(len(dataset), -1)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[index][0], -1
 
 
 class Part(Images):
@@ -165,17 +181,17 @@ def load_images(config: DictConfig, train: bool) -> Images:
         images = _load(config, path, key, train)
     if not len(images):
         raise ConfigError(f"{key}: no images in {path}: give a folder or file that holds some")
+    if config.no_labels:
+        images = Unlabelled(images)
     fraction = config.fraction
     if train and fraction > 0:
-        if fraction >= 1:
-            raise ConfigError(f"data.fraction: expected a number below 1, or -1, got {fraction}")
         labels = None if config.no_labels else images.targets
-        kept, _ = train_test_split(
-            np.arange(len(images)),
-            train_size=fraction,
-            stratify=labels,
-            random_state=42,
-        )
+        try:
+            kept, _ = train_test_split(
+                np.arange(len(images)), train_size=float(fraction), stratify=labels, random_state=42
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.fraction: {fraction} of {len(images)}: {error}") from None
         images = Part(images, kept)
     return images
 
@@ -195,8 +211,8 @@ def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:
         return _load_cifar(config, path, key, train)
     if not path.is_dir():
         raise ConfigError(f"{key}: no such folder {path}: give a folder of images")
-    if config.no_labels:
-        return UnlabelledFolder(path)
+    if config.no_labels and not any(each.is_dir() for each in path.iterdir()):
+        return Folder(path)
     try:
         return Torchvision(torchvision.datasets.ImageFolder(str(path)))
     except FileNotFoundError as error:

@@ -88,7 +88,7 @@ class GrapAll4One(All4One):
         knn = OmegaConf.select(cfg, "knn_eval.enabled", default=False)
         OmegaConf.update(cfg, "knn_eval.enabled", False, force_add=True)
         super().__init__(cfg)
-        self.cfg.knn_eval.enabled = self.knn_eval = knn
+        self.cfg.knn_eval.enabled = cfg.knn_eval.enabled = self.knn_eval = knn
         if knn:
             block = self.cfg.knn_eval
             self.knn = WeightedKNNClassifier(k=block.k, distance_fx=block.distance_func)
@@ -100,7 +100,8 @@ class GrapAll4One(All4One):
         self.weighting = build_weighting(block, tuple(reference), reference)  # type: ignore[arg-type]
 
         weighted = getattr(self.weighting, "shared_heads", "sum") == "weights"
-        self.shared = SharedHead(self.weighting.terms) if weighted else None
+        shares = weighted and not kwargs.separate_projectors
+        self.shared = SharedHead(self.weighting.terms) if shares else None
         self.projectors, self.momentum_projectors = nn.ModuleDict(), nn.ModuleDict()
         if kwargs.separate_projectors:
             for term in self.weighting.terms[1:]:
@@ -358,6 +359,7 @@ def correlation_losses(projections: Views, momentum: Views) -> tuple[Tensor, Ten
     diagonals, rests = [], []
     for online, target in zip(reversed(projections), momentum, strict=True):
         matrix = F.normalize(target, dim=0).T @ F.normalize(online, dim=0)
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # Squares underflow.
         diagonal = matrix.diagonal()
         rest = matrix - torch.diag(diagonal)
         diagonals.append((diagonal - 1).square().mean())

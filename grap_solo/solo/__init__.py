@@ -13,7 +13,7 @@ from grap_solo.errors import ConfigError
 
 try:
     from solo.methods.all4one import All4One
-except ImportError:
+except ImportError as error:
     from grap_solo.solo.all4one import All4One
 
     BASE = "grap_solo"
@@ -23,8 +23,8 @@ except ImportError:
         pass
     else:
         warnings.warn(
-            "the installed solo-learn has no All4One (its registry release is from 2021): using "
-            "grap-solo's own; install solo-learn's main branch to train on solo-learn's",
+            f"the installed solo-learn gives no All4One ({error}): using grap-solo's own. The "
+            "registry's release of 2021 has none: install solo-learn's main branch instead",
             stacklevel=2,
         )
 else:
@@ -48,16 +48,17 @@ def register_method(name: str, method: type) -> None:
 
 
 def register_backbone(name: str) -> None:
-    """Lets solo-learn's base build a timm model that it does not know by name.
+    """Makes sure that the base can build a backbone; solo-learn's is told of timm's models.
 
     Raises:
-        ConfigError: neither solo-learn nor timm has the model.
+        ConfigError: neither the base nor timm has the model.
     """
+    from grap_solo.solo.base import build_backbone, check_backbone
+
     if BASE != "solo-learn":
+        check_backbone(name)
         return
     from solo.methods.base import BaseMethod
-
-    from grap_solo.solo.base import build_backbone, check_backbone
 
     if name in BaseMethod._BACKBONES:
         return

@@ -14,10 +14,11 @@ from grap_solo.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a weighting may look at. Everything is detached and, across processes, equal.
+    """What a weighting may look at. Everything is detached; across processes all but ``losses``
+    is that of the joined batch.
 
     Attributes:
-        losses: the K terms' values, shape (K,).
+        losses: the K terms' values in this process, shape (K,).
         gramian: ``C = G G^T`` of the embedding gradients, shape (K, K); None where the weighting
             needs no gradients.
         products: ``p = G g_down``, shape (K,); None likewise.
@@ -71,8 +72,7 @@ class Weighting(nn.Module):
         if missing:
             raise ConfigError(f"{where}: no weight for {', '.join(missing)}: add it")
         for name, value in weights.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
+            if not _is_number(value) or value < 0:
                 raise ConfigError(
                     f"{where}.{name}: expected a finite number of 0 or more, got {value!r}"
                 )
@@ -119,7 +119,7 @@ class GradientWeighting(Weighting):
         if isinstance(scale, str):
             if scale not in ("reference", "unit"):
                 raise unknown_name("weighting.scale", scale, ("reference", "unit", "a number"))
-        elif isinstance(scale, bool) or not math.isfinite(scale) or scale <= 0:
+        elif not _is_number(scale) or scale <= 0:
             raise ConfigError(f"weighting.scale: expected a number above 0, got {scale!r}")
         if shared_heads not in ("sum", "weights"):
             raise unknown_name("weighting.shared_heads", shared_heads, ("sum", "weights"))
@@ -139,6 +139,11 @@ class GradientWeighting(Weighting):
         if self.scale == "reference":
             return unit * composite_norm(self.reference.to(gramian.dtype), gramian)
         return unit if self.scale == "unit" else unit * float(self.scale)
+
+
+def _is_number(value: object) -> bool:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def composite_norm(weights: Tensor, gramian: Tensor) -> Tensor:
