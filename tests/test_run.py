@@ -18,7 +18,6 @@ from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.demo import demo
 from grap_solo.methods import GrapAll4One
-from grap_solo.solo.base import MomentumUpdater
 from grap_solo.train import SafeWandbLogger, pretrain, retrain
 from grap_solo.trajectory import median_weights, read_weights
 
@@ -191,13 +190,13 @@ def test_a_run_repeats_from_its_config_and_seed(grap, tmp_path):
 
 def test_resume_goes_on_from_the_checkpoint_and_loses_nothing(tmp_path, monkeypatch):
     taus = []
-    update = MomentumUpdater.update
+    batch_end = GrapAll4One.on_train_batch_end
 
-    def recorded(self, online, momentum):
-        taus.append(self.cur_tau)
-        update(self, online, momentum)
+    def recorded(self, *args):
+        taus.append(self.momentum_updater.cur_tau)
+        batch_end(self, *args)
 
-    monkeypatch.setattr(MomentumUpdater, "update", recorded)
+    monkeypatch.setattr(GrapAll4One, "on_train_batch_end", recorded)
     pretrain(digits("grap", tmp_path / "whole", "max_epochs=3"))
     whole, taus[:] = list(taus), []
     assert len(set(whole)) == 9

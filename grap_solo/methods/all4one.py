@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from grap_solo.balance import SharedHead, Step, balance
 from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
-from grap_solo.solo import All4One
+from grap_solo.solo import All4One, register_backbone
 from grap_solo.trajectory import TrajectoryRecorder
 from grap_solo.weighting import build_weighting
 
@@ -75,7 +75,7 @@ class GrapAll4One(All4One):
               has an online one; the others have an online one and its momentum copy.
 
     Raises:
-        ConfigError: a ``weighting`` block that cannot be used.
+        ConfigError: a ``weighting`` block that cannot be used, or an unknown backbone.
     """
 
     queue: Tensor
@@ -84,6 +84,7 @@ class GrapAll4One(All4One):
     queue_index: Tensor
 
     def __init__(self, cfg: DictConfig) -> None:
+        register_backbone(cfg.backbone.name)
         # solo-learn's own k-NN metric cannot be made with torchmetrics 1: neither base makes one.
         knn = OmegaConf.select(cfg, "knn_eval.enabled", default=False)
         OmegaConf.update(cfg, "knn_eval.enabled", False, force_add=True)
@@ -92,6 +93,10 @@ class GrapAll4One(All4One):
         if knn:
             block = self.cfg.knn_eval
             self.knn = WeightedKNNClassifier(k=block.k, distance_fx=block.distance_func)
+
+        for module in self.pos_enc.modules():  # solo-learn's would save a batch's encoding.
+            if hasattr(module, "cached_penc"):
+                module.register_buffer("cached_penc", None, persistent=False)
 
         kwargs = self.cfg.method_kwargs
         self.joined: bool = kwargs.join_feature_loss
@@ -308,11 +313,11 @@ class GrapAll4One(All4One):
                 self.last_step, int(self.trainer.estimated_stepping_batches)
             )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        _drop_encoding_cache(checkpoint)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        _drop_encoding_cache(checkpoint)
+        """Takes solo-learn's checkpoints too, which hold a batch's positional encoding."""
+        state = checkpoint["state_dict"]
+        for key in [key for key in state if key.endswith("cached_penc")]:
+            del state[key]
 
 
 def probe_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -395,10 +400,3 @@ def _gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
-
-
-def _drop_encoding_cache(checkpoint: dict[str, Any]) -> None:
-    """solo-learn caches its positional encoding in a buffer, which a fresh model does not have."""
-    state = checkpoint["state_dict"]
-    for key in [key for key in state if key.endswith("cached_penc")]:
-        del state[key]

@@ -62,10 +62,11 @@ def register_backbone(name: str) -> None:
 
     if name in BaseMethod._BACKBONES:
         return
+    check_backbone(name)
     if name.startswith("resnet"):  # solo-learn takes any such name for a torchvision model.
         raise ConfigError(f"backbone.name: on solo-learn's base use resnet18, not '{name}'")
 
     def build(method: str, **kwargs: Any) -> Any:
         return build_backbone(name, "", kwargs)[0]
 
-    BaseMethod._BACKBONES[check_backbone(name)] = build
+    BaseMethod._BACKBONES[name] = build
