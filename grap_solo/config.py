@@ -18,7 +18,8 @@ from grap_solo.data import DATASETS, FORMATS, count_crops
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods.all4one import JOINED_REFERENCE, REFERENCE
 from grap_solo.solo import register_backbone
-from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS, build_backbone
+from grap_solo.solo.backbones import build_backbone
+from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS
 from grap_solo.weighting import build_weighting
 
 METHODS = ("all4one", "grap_all4one")

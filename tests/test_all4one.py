@@ -7,7 +7,7 @@ from conftest import all4one_config, image_batch
 from omegaconf import OmegaConf
 
 from grap_solo.methods import GrapAll4One
-from grap_solo.methods.all4one import correlation_losses, probe_loss
+from grap_solo.methods.losses import correlation_losses, probe_loss
 
 # The trainer is not there when a step is called by itself.
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from grap_solo.balance import SharedHead, Step, balance
+from grap_solo.methods.losses import Views, contrast, correlation_losses, gather, probe_loss
 from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.solo import All4One, register_backbone
 from grap_solo.trajectory import TrajectoryRecorder
@@ -32,8 +31,6 @@ JOINED_REFERENCE = {"nnclr": 0.5, "attn_nnclr": 0.5, "feature": 5.0}
 
 NEIGHBOURS = 5
 ATTENTION_TEMPERATURE = 0.1
-
-Views = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -295,7 +292,7 @@ class GrapAll4One(All4One):
             idx: the samples' indexes in the dataset, (B,).
         """
         size = len(self.queue)
-        z, y, idx = (_gather(each)[-size:] for each in (z, y, idx))
+        z, y, idx = (gather(each)[-size:] for each in (z, y, idx))
         slots = (self.queue_ptr + torch.arange(len(z), device=z.device)) % size
         self.queue[slots] = z.to(self.queue.dtype)
         self.queue_y[slots] = y
@@ -320,58 +317,6 @@ class GrapAll4One(All4One):
             del state[key]
 
 
-def probe_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled samples, shape (); 0 where none is labelled.
-
-    Args:
-        logits: (B, classes).
-        labels: (B,); -1 marks an unlabelled sample.
-    """
-    total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    return total / (labels != -1).sum().clamp(min=1)
-
-
-def contrast(anchors: Tensor, predictions: Tensor, temperature: float) -> Tensor:
-    """NNCLR's InfoNCE (Dwibedi et al. 2021, Eq. 2), shape (): anchors against all predictions.
-
-    Args:
-        anchors: (B, D).
-        predictions: (B, D); over N processes the anchors are compared with all N*B.
-        temperature: of the softmax.
-    """
-    anchors, predictions = (
-        F.normalize(anchors, dim=-1),
-        F.normalize(predictions, dim=-1),
-    )
-    start = 0
-    if dist.is_available() and dist.is_initialized():
-        start = dist.get_rank() * len(predictions)
-        predictions = torch.cat(all_gather(predictions))
-    logits = anchors @ predictions.T / temperature
-    return F.cross_entropy(logits, start + torch.arange(len(anchors), device=logits.device))
-
-
-def correlation_losses(projections: Views, momentum: Views) -> tuple[Tensor, Tensor]:
-    """``byol`` and ``barlow``: how far the cross-correlation of the views is from the identity.
-
-    Args:
-        projections: of each view, (B, D).
-        momentum: momentum projections of each view, (B, D); each meets the other view.
-
-    Returns:
-        The root mean square of ``c_ii - 1`` and that of ``c_ij``, ``i != j``, each shape ().
-    """
-    diagonals, rests = [], []
-    for online, target in zip(reversed(projections), momentum, strict=True):
-        matrix = F.normalize(target, dim=0).T @ F.normalize(online, dim=0)
-        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # Squares underflow.
-        diagonal = matrix.diagonal()
-        rest = matrix - torch.diag(diagonal)
-        diagonals.append((diagonal - 1).square().mean())
-        rests.append(rest.square().sum() / (matrix.numel() - len(matrix)))
-    return torch.stack(diagonals).mean().sqrt(), torch.stack(rests).mean().sqrt()
-
-
 def _probe(classifier: nn.Module, feats: Tensor, targets: Tensor) -> dict[str, Tensor]:
     logits = classifier(feats)
     acc1, acc5 = accuracy_at_k(logits, targets)
@@ -391,12 +336,3 @@ def _fresh_copy(module: nn.Module) -> nn.Module:
         if reset is not None:
             reset()
     return fresh
-
-
-def _gather(tensor: Tensor) -> Tensor:
-    """All processes' tensors joined, without gradient."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)

@@ -53,7 +53,7 @@ def register_backbone(name: str) -> None:
     Raises:
         ConfigError: neither the base nor timm has the model.
     """
-    from grap_solo.solo.base import build_backbone, check_backbone
+    from grap_solo.solo.backbones import build_backbone, check_backbone
 
     if BASE != "solo-learn":
         check_backbone(name)

@@ -12,15 +12,14 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import timm
 import torch
-import torchvision
 from omegaconf import DictConfig, OmegaConf
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
 from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.solo.backbones import build_backbone
 
 DEFAULTS = """
 backbone: {kwargs: {}}
@@ -40,42 +39,6 @@ momentum: {base_tau: 0.99, final_tau: 1.0, classifier: false}
 
 OPTIMIZERS = ("sgd", "lars", "adam", "adamw")
 SCHEDULERS = ("warmup_cosine", "step", "none")
-
-
-def build_backbone(name: str, dataset: str, kwargs: dict[str, Any]) -> tuple[nn.Module, int]:
-    """A backbone without its classifier, and the dimension of its embedding.
-
-    Args:
-        name: ``resnet18`` or ``resnet50`` (torchvision's), or any model name of timm's.
-        dataset: for ``cifar10`` and ``cifar100`` a resnet gets solo-learn's stem for small
-            images: a 3x3 convolution of stride 1 and padding 2, and no max-pooling.
-        kwargs: passed to the model's constructor.
-
-    Raises:
-        ConfigError: neither torchvision nor timm has the model.
-    """
-    if name in ("resnet18", "resnet50"):
-        model = getattr(torchvision.models, name)(**kwargs)
-        model.fc = nn.Identity()
-        if dataset in ("cifar10", "cifar100"):
-            model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
-            model.maxpool = nn.Identity()
-        return model, model.inplanes
-    model = timm.create_model(check_backbone(name), num_classes=0, **kwargs)
-    features: Any = model.num_features
-    return model, int(features)
-
-
-def check_backbone(name: str) -> str:
-    """The name again if torchvision's resnets or timm have it.
-
-    Raises:
-        ConfigError: neither has the model.
-    """
-    models = {"resnet18", "resnet50", *timm.list_models()}
-    if name not in models:
-        raise unknown_name("backbone.name", name, models)
-    return name
 
 
 @torch.no_grad()
