@@ -84,6 +84,8 @@ def pretrain(source: DictConfig) -> Run:
     val_loader = None if val_images is None else evaluation_loader(cfg, val_images)
 
     model = GrapAll4One(cfg)
+    if _is_first_process():
+        _make_directory(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     trainer = _trainer(cfg, directory)
@@ -198,9 +200,9 @@ def _check_directory(cfg: DictConfig, directory: Path) -> None:
     """Keeps what is there: a run is written over by nothing, and resumed by its own checkpoint.
 
     Raises:
-        ConfigError: the directory is taken or cannot be made, or the checkpoint is not usable.
+        ConfigError: the directory is taken, or the checkpoint is not usable.
     """
-    if getattr(rank_zero_only, "rank", 0) != 0:
+    if not _is_first_process():
         return  # The first process has made the directory by now.
     checkpoint = cfg.resume_from_checkpoint
     taken = (directory / CONFIG_FILE).exists()
@@ -221,6 +223,10 @@ def _check_directory(cfg: DictConfig, directory: Path) -> None:
             raise ConfigError(f"{key}: it is of a run with {terms} terms")
         if taken and directory.resolve() not in Path(checkpoint).resolve().parents:
             raise ConfigError(f"{key}: it is not of the run in {directory}: give another name")
+
+
+def _make_directory(directory: Path) -> None:
+    """The run's folders; what an earlier part of the run has logged is moved aside in them."""
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -301,6 +307,11 @@ def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None
     OmegaConf.save(OmegaConf.create(plain), directory / CONFIG_FILE)
     arguments = OmegaConf.to_container(cfg, resolve=True)
     (directory / "checkpoints" / "args.json").write_text(json.dumps(arguments, indent=1))
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that writes, before a trainer is there to say so."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def _no_validation(cfg: DictConfig) -> bool:

@@ -379,6 +379,16 @@ def test_hydras_own_flags_work(tmp_path, capfd, monkeypatch):
             ],
             "precision",
         ),
+        (
+            [
+                "pretrain",
+                f"--config-path={DIGITS}",
+                "--config-name=grap",
+                "data.dataset=custom",
+                "+data.train_path=images",
+            ],
+            "data.train_path: no such folder images",
+        ),
         (["retrain", "nowhere"], "nowhere/config.yaml: no such file"),
         (["retrain"], "give the folder of a run"),
         (

@@ -96,7 +96,7 @@ class BaseMomentumMethod(pl.LightningModule):
 
     Args:
         cfg: a configuration with solo-learn's keys, as its ``parse_cfg`` leaves them: learning
-            rates scaled, ``data.num_classes`` and ``data.num_large_crops`` filled in.
+            rates scaled and ``data.num_classes`` filled in.
 
     Raises:
         ConfigError: an unknown backbone, optimiser or scheduler.
@@ -130,7 +130,6 @@ class BaseMomentumMethod(pl.LightningModule):
         self.min_lr: float = cfg.scheduler.min_lr * scale
         self.warmup_start_lr: float = cfg.scheduler.warmup_start_lr * scale
 
-        self.num_large_crops: int = cfg.data.num_large_crops
         self.no_channel_last: bool = cfg.performance.disable_channel_last
         self.knn_eval: bool = cfg.knn_eval.enabled
         self.knn: Any = None  # A method's own.
