@@ -19,8 +19,13 @@ usage: grap-solo pretrain --config-path DIR --config-name NAME [key=value ...]
            run one of solo-learn's scripts with grap_all4one among its methods
 """
 
-# As solo-learn's files have it: hydra makes no folders of its own.
-QUIET_HYDRA = {"hydra.output_subdir": "null", "hydra.run.dir": "."}
+# As solo-learn's files have it: hydra makes no folders and logs of its own.
+QUIET_HYDRA = {
+    "hydra.output_subdir": "null",
+    "hydra.run.dir": ".",
+    "hydra/job_logging": "disabled",
+    "hydra/hydra_logging": "disabled",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

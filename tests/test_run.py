@@ -319,6 +319,12 @@ def test_pretrain_and_retrain_from_the_command_line(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "first" / "median_weights.yaml").exists()
+    # Its own configuration repeats it, and hydra leaves nothing beside the runs.
+    again = ["--config-path", "runs/first", "--config-name", "config", "name=again"]
+    assert command("pretrain", *again, cwd=tmp_path).returncode == 0
+    first, second = (tmp_path / "runs" / name / "weights.csv" for name in ("first", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     script = [sys.executable, str(ROOT / "scripts" / "retrain_median.py"), "runs/first"]
     tuned = subprocess.run([*script, "max_epochs=1"], capture_output=True, text=True, cwd=tmp_path)
     assert tuned.returncode == 0, tuned.stderr
