@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,13 @@ class Run:
     accuracy: float | None
 
 
-def pretrain(source: DictConfig) -> Run:
+def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     """Trains one method and leaves ``config.yaml``, ``metrics.csv``, ``weights.csv``,
     ``weights.png``, ``median_weights.yaml`` and ``checkpoints/`` with solo-learn's ``args.json``.
 
     Args:
         source: a composed configuration with solo-learn's keys.
+        callbacks: Lightning's, besides those that every run has.
 
     Raises:
         ConfigError: anything in it that cannot be used, or a run directory that is taken.
@@ -88,7 +89,7 @@ def pretrain(source: DictConfig) -> Run:
         _make_directory(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    trainer = _trainer(cfg, directory)
+    trainer = _trainer(cfg, directory, callbacks)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
         print(
@@ -237,9 +238,9 @@ def _make_directory(directory: Path) -> None:
         metrics.rename(directory / f"metrics.part{parts + 1}.csv")
 
 
-def _trainer(cfg: DictConfig, directory: Path) -> pl.Trainer:
+def _trainer(cfg: DictConfig, directory: Path, further: Sequence[Callback]) -> pl.Trainer:
     """A Trainer from every key of the configuration that is one of its arguments."""
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [*further]
     if cfg.get("enable_progress_bar", True):
         # Lines that cannot be overwritten are better few: one for each epoch.
         refresh = 1 if sys.stdout.isatty() else sys.maxsize

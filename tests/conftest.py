@@ -1,13 +1,14 @@
 """What several test files share: small configurations, and the method over either base."""
 
 import importlib
+import os
 import sys
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 DECIDED = ("grap_solo.solo", "grap_solo.methods", "grap_solo.methods.all4one")
 
