@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grap_solo.errors import ConfigError
-from grap_solo.weighting.base import GradientWeighting, Statistics, Weighting
+from grap_solo.weighting.base import Statistics, Weighting
+
+Rows = tuple[tuple[Tensor, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Step:
     Attributes:
         loss: the scalar to call ``backward()`` on, shape (). Its gradients are the step; where
             the weighting uses gradients, its value means nothing.
-        losses: each term's plain value, shape ().
+        losses: the plain value of each term that is not left out, shape ().
         downstream: the downstream head's loss, shape ().
         weights: the effective weights, shape (K,), in the order of ``weighting.terms``.
-        statistics: what the weighting was given.
+        statistics: what the weighting has looked at: of the held-out batch, if there was one.
+        gradients: of each term by each view of the embeddings; empty where none were needed.
     """
 
     loss: Tensor
@@ -35,6 +38,7 @@ class Step:
     downstream: Tensor
     weights: Tensor
     statistics: Statistics
+    gradients: Rows = ()
 
     @property
     def alignment(self) -> Tensor | None:
@@ -54,9 +58,9 @@ class SharedHead:
     """Weighs the gradients that reach a module which several terms share.
 
     Call it with the module's output, once for each term, and compute the term from what it
-    returns. The values pass through; on the way back each term's gradient is multiplied by its
-    effective weight, so that the module gets the weighted sum of the terms' gradients, as the
-    backbone does. Without it the module gets the plain sum.
+    returns. The values pass through; on the way back each term's gradient is multiplied so that
+    the module gets the effectively weighted sum of the terms' gradients, as the backbone does.
+    Without it the module gets the sum of what the terms' heads get.
 
     Args:
         terms: the names of the K terms.
@@ -64,29 +68,48 @@ class SharedHead:
 
     def __init__(self, terms: Sequence[str]) -> None:
         self.index = {name: k for k, name in enumerate(terms)}
-        self.scales = torch.ones(len(self.index))
+        self.scales: Tensor | None = None
 
     def __call__(self, output: Tensor, term: str) -> Tensor:
-        scaled: Tensor = _ScaledGradient.apply(output, self, self.index[term])
-        return scaled
+        k = self.index[term]
+        return _scaled_gradient(output, lambda: 1.0 if self.scales is None else self.scales[k])
 
-    def reset(self, weights: Tensor | None = None) -> None:
-        """Multiply by ``weights``, shape (K,), from now on; by 1 when None."""
-        self.scales = torch.ones_like(self.scales) if weights is None else weights.detach()
+    def reset(self, scales: Tensor | None = None) -> None:
+        """Multiply by ``scales``, shape (K,), from now on; by 1 when None."""
+        self.scales = None if scales is None else scales.detach()
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by what the head's scale is at that time."""
+    """The identity, whose gradient is multiplied by what ``scale`` returns at that time."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, head: SharedHead, term: int) -> Tensor:
-        ctx.head, ctx.term = head, term
+    def forward(ctx: Any, output: Tensor, scale: Callable[[], Tensor | float]) -> Tensor:
+        ctx.scale = scale
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient * ctx.head.scales[ctx.term].to(gradient), None, None
+        scale = ctx.scale()
+        return gradient * (scale.to(gradient) if isinstance(scale, Tensor) else scale), None
+
+
+def _scaled_gradient(output: Tensor, scale: Callable[[], Tensor | float]) -> Tensor:
+    scaled: Tensor = _ScaledGradient.apply(output, scale)
+    return scaled
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A labelled batch that the pretraining losses are not trained on.
+
+    Attributes:
+        embeddings: the backbone's output for it, as ``balance`` takes them, without gradient.
+        terms: the terms' losses on it, as ``balance`` takes them.
+    """
+
+    embeddings: Sequence[Tensor]
+    terms: Callable[..., Mapping[str, Tensor]]
 
 
 def balance(
@@ -95,75 +118,111 @@ def balance(
     downstream: Callable[..., Tensor],
     weighting: Weighting,
     shared: SharedHead | None = None,
+    held_out: HeldOut | None = None,
 ) -> Step:
     """One scalar whose backward gives backbone, heads and downstream head their gradients.
 
-    With a weighting that uses gradients (Alg. 1), where ``z'`` is the detached embedding, ``G``
-    the terms' gradients by ``z'`` and ``e`` the effective weights, it is
+    With a weighting that needs gradients (Alg. 1), where ``z'`` is the detached embedding, ``G``
+    the terms' gradients by ``z'``, ``e`` the effective weights and ``h`` the heads' own, it is
 
-        <z, e^T G> + sum_k L_k(z') + L_down(z')
+        <z, e^T G> + sum_k h_k L_k(z') + L_down(z')
 
-    so that the backbone gets the weighted composite gradient, every head its own unweighted one,
-    and the downstream head its own; the downstream loss reaches the backbone through ``e`` alone.
-    With any other weighting it is ``sum_k e_k L_k(z) + L_down(z')``: plain training.
+    so that the backbone gets the weighted composite gradient, every head its own (``h`` is 1 in
+    Alg. 1), and the downstream head its own; the downstream loss reaches the backbone through
+    ``e``, and with ``weighting.downstream_weight``, which is 0 unless a rule says otherwise. With
+    any other weighting it is ``sum_k e_k L_k(z) + L_down(z')``: plain training.
 
     The inner gradients are taken by ``z'`` only, so the hooks of parameters (DDP's among them)
     fire once, in the one real backward. In a process group the Gramian and the products are those
-    of the joined batch, at the cost of one all-reduce of K*K + K + 1 numbers.
+    of the joined batch, at the cost of one all-reduce of K*K + K + 1 numbers, and K more for a
+    rule that looks at the losses.
 
     Args:
         embeddings: the backbone's output, (B, D), or a sequence of them, one for each view.
         terms: called with the embeddings, one argument each; returns every term's loss, shape
-            (), by name.
+            (), by name. Those that are not in ``weighting.active`` may be left out.
         downstream: called likewise; returns the downstream head's loss, shape (). For a batch
             without labels it must be 0 rather than NaN.
         weighting: turns the step's statistics into effective weights; it learns from them while
             it is in training mode.
         shared: see :class:`SharedHead`; the one that ``terms`` applies, if any.
+        held_out: a labelled batch that takes this one's place for the weighting and for
+            ``downstream``, which is then called with its embeddings.
 
     Raises:
-        ConfigError: ``terms`` returned other names than the weighting has.
+        ConfigError: ``terms`` returned other names than the weighting has, or ``held_out`` is
+            given to a weighting whose downstream loss trains the backbone.
     """
     views = (embeddings,) if isinstance(embeddings, Tensor) else tuple(embeddings)
+    labelled = views if held_out is None else tuple(held_out.embeddings)
+    if held_out is not None and weighting.downstream_weight:
+        raise ConfigError("held_out: the downstream loss trains the backbone: leave it out")
     if shared is not None:
         shared.reset()
+    rows: Rows = ()
     if not weighting.needs_gradients:
-        losses = _in_order(terms(*views), weighting.terms)
-        down = downstream(*(view.detach() for view in views))
-        statistics = Statistics(losses=torch.stack(losses).detach())
+        losses = _in_order(terms(*views), weighting, views[0])
+        part = weighting.downstream_weight
+        down = downstream(
+            *(_scaled_gradient(each, lambda: part) if part else each.detach() for each in labelled)
+        )
+        statistics = _statistics(weighting, losses)
         weights = weighting(statistics)
         loss = sum(w * each for w, each in zip(weights, losses, strict=True)) + down
     else:
         leaves = tuple(view.detach().requires_grad_() for view in views)
-        losses = _in_order(terms(*leaves), weighting.terms)
-        down = downstream(*leaves)
+        losses = _in_order(terms(*leaves), weighting, views[0])
+        if held_out is None:
+            seen_leaves, seen = leaves, losses
+        else:
+            seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
+            seen = _in_order(held_out.terms(*seen_leaves), weighting, views[0])
+        down = downstream(*seen_leaves)
         with torch.autocast(views[0].device.type, enabled=False):
-            gradients = [_gradient(each, leaves) for each in losses]
-            statistics = _statistics(losses, gradients, _gradient(down, leaves))
-            weights = weighting(statistics)
-            loss = sum(losses) + down
-            for view, rows in zip(views, zip(*gradients, strict=True), strict=True):
-                composite = torch.tensordot(weights.to(rows[0].dtype), torch.stack(rows), 1)
+            rows = tuple(_gradient(each, leaves) for each in losses)
+            target = _gradient(down, seen_leaves)
+            if held_out is None:
+                statistics = _statistics(weighting, losses, rows, target)
+                weights = weighting(statistics)
+            else:
+                seen_rows = tuple(_gradient(each, seen_leaves) for each in seen)
+                statistics = _statistics(weighting, seen, seen_rows, target)
+                weights = weighting(_statistics(weighting, losses, rows), statistics)
+            heads = weighting.head_weights(weights)
+            loss = sum(h * each for h, each in zip(heads, losses, strict=True)) + down
+            for view, *gradients, down_row in zip(views, *rows, target, strict=True):
+                composite = torch.tensordot(
+                    weights.to(gradients[0].dtype), torch.stack(gradients), 1
+                )
+                if weighting.downstream_weight:
+                    composite = composite + weighting.downstream_weight * down_row
                 loss = loss + (view.to(composite.dtype) * composite).sum()
-        if shared is not None and isinstance(weighting, GradientWeighting):
-            shared.reset(weights if weighting.shared_heads == "weights" else None)
+        if shared is not None and weighting.shared_heads == "weights":
+            shared.reset((weights / heads).nan_to_num(posinf=0.0))
+    extra = weighting.extra_loss(statistics.losses)
     return Step(
-        loss=loss,
-        losses=dict(zip(weighting.terms, statistics.losses, strict=True)),
+        loss=loss if extra is None else loss + extra,
+        losses={
+            name: each.detach()
+            for name, each in zip(weighting.terms, losses, strict=True)
+            if name in weighting.active
+        },
         downstream=down.detach(),
         weights=weights.detach(),
         statistics=statistics,
+        gradients=rows,
     )
 
 
-def _in_order(losses: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-    """The losses in the order of ``names``."""
-    if set(losses) != set(names):
+def _in_order(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) -> list[Tensor]:
+    """The losses in the order of the weighting's terms, with 0 for a term that it leaves out."""
+    if not set(weighting.active) <= set(losses) <= set(weighting.terms):
         raise ConfigError(
-            f"terms: the weighting is for {', '.join(names)}, "
+            f"terms: the weighting is for {', '.join(weighting.active)}, "
             f"but the losses given are {', '.join(losses)}: make the names agree"
         )
-    return [losses[name] for name in names]
+    zero = torch.zeros((), device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return [losses.get(name, zero) for name in weighting.terms]
 
 
 def _gradient(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -179,28 +238,40 @@ def _gradient(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _statistics(
+    weighting: Weighting,
     losses: Sequence[Tensor],
-    gradients: Sequence[Sequence[Tensor]],
-    down: Sequence[Tensor],
+    rows: Rows = (),
+    down: Sequence[Tensor] | None = None,
 ) -> Statistics:
-    """Gramian, products and the downstream norm, summed over the views.
+    """The losses, and of the gradients the Gramian, products and downstream norm over all views.
 
     Over N processes the joined batch's loss is the mean of theirs, so each process's embeddings
-    have 1/N of their gradient here: the sums are divided by N^2.
+    have 1/N of their gradient here: the sums are divided by N^2, the losses by N.
     """
-    count = len(gradients)
-    sums = down[0].new_zeros(count * count + count + 1)
-    for view, target in enumerate(down):
-        rows = torch.stack([each[view].flatten() for each in gradients])
-        target = target.flatten()
-        sums += torch.cat([(rows @ rows.T).flatten(), rows @ target, (target @ target)[None]])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-        sums /= dist.get_world_size() ** 2
-    gramian, products, square = sums.split([count * count, count, 1])
+    values = torch.stack(list(losses)).detach()
+    parts: list[Tensor] = []  # Gramian, products, square of the norm: as many as there are.
+    if rows:
+        matrices = [
+            torch.stack([each.flatten() for each in view]) for view in zip(*rows, strict=True)
+        ]
+        parts.append(torch.stack([each @ each.T for each in matrices]).sum(0))
+        if down is not None:
+            targets = [each.flatten() for each in down]
+            pairs = zip(matrices, targets, strict=True)
+            parts.append(torch.stack([each @ target for each, target in pairs]).sum(0))
+            parts.append(torch.stack([each @ each for each in targets]).sum(0))
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    shared = [each / size**2 for each in parts] + [values / size] * weighting.uses_losses
+    if size > 1 and shared:
+        flat = torch.cat([each.flatten() for each in shared])
+        dist.all_reduce(flat)
+        sums = flat.split([each.numel() for each in shared])
+        shared = [new.view_as(old) for new, old in zip(sums, shared, strict=True)]
+        parts = shared[: len(parts)]
+        values = shared[-1] if weighting.uses_losses else values
     return Statistics(
-        losses=torch.stack(list(losses)).detach(),
-        gramian=gramian.view(count, count),
-        products=products,
-        downstream_norm=square[0].sqrt(),
+        losses=values,
+        gramian=parts[0] if parts else None,
+        products=parts[1] if len(parts) > 1 else None,
+        downstream_norm=parts[2].sqrt() if len(parts) > 1 else None,
     )

@@ -6,7 +6,8 @@ Written once, above solo-learn's All4One or the project's own: :mod:`grap_solo.s
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,11 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from grap_solo.balance import SharedHead, Step, balance
+from grap_solo.balance import HeldOut, SharedHead, Step, balance
+from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_cosine
+from grap_solo.errors import ConfigError
 from grap_solo.methods.losses import Views, contrast, correlation_losses, gather, probe_loss
 from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.solo import All4One, register_backbone
@@ -28,6 +32,9 @@ REFERENCE = {"nnclr": 0.5, "attn_nnclr": 0.5, "byol": 2.5, "barlow": 2.5}
 
 JOINED_REFERENCE = {"nnclr": 0.5, "attn_nnclr": 0.5, "feature": 5.0}
 """The same loss with three terms: ``feature`` is the mean of ``byol`` and ``barlow``."""
+
+LOGGED = {"attn_nnclr": "att_nnclr"}
+"""solo-learn's names of losses, where they are not the terms'."""
 
 NEIGHBOURS = 5
 ATTENTION_TEMPERATURE = 0.1
@@ -66,6 +73,8 @@ class GrapAll4One(All4One):
         cfg: solo-learn's configuration of All4One, and besides it
 
             - ``weighting``: see :func:`~grap_solo.weighting.build_weighting`; GraP when absent;
+            - ``diagnostics.parameter_space_every``: steps between two measurements of
+              :func:`~grap_solo.diagnostics.parameter_space_cosine`; 0, the default, for none;
             - ``method_kwargs.join_feature_loss``: ``feature`` in place of ``byol``, ``barlow``;
             - ``method_kwargs.separate_projectors``: a projector for each term. ``nnclr`` has
               All4One's own, which feeds the queue that both neighbour terms read; ``attn_nnclr``
@@ -101,7 +110,7 @@ class GrapAll4One(All4One):
         block = OmegaConf.to_container(self.cfg.weighting, resolve=True)
         self.weighting = build_weighting(block, tuple(reference), reference)  # type: ignore[arg-type]
 
-        weighted = getattr(self.weighting, "shared_heads", "sum") == "weights"
+        weighted = self.weighting.needs_gradients and self.weighting.shared_heads == "weights"
         shares = weighted and not kwargs.separate_projectors
         self.shared = SharedHead(self.weighting.terms) if shares else None
         self.projectors, self.momentum_projectors = nn.ModuleDict(), nn.ModuleDict()
@@ -111,7 +120,32 @@ class GrapAll4One(All4One):
                 if term != "attn_nnclr":
                     momentum = copy.deepcopy(self.projectors[term]).requires_grad_(False)
                     self.momentum_projectors[term] = momentum
+        self._freeze_what_no_term_uses()
+        self.parameter_space_every: int = self.cfg.diagnostics.parameter_space_every
         self.effective_weights: Tensor = self.weighting.reference
+        self.diagnostics: dict[str, Tensor] = {}
+        self._losses_again: Callable[[], dict[str, Tensor]] | None = None
+
+    def _freeze_what_no_term_uses(self) -> None:
+        """A head without a term gets no gradient: neither DDP nor the optimiser waits for one."""
+        active = self.weighting.active
+        separate = self.cfg.method_kwargs.separate_projectors
+        if separate and "nnclr" not in active and "attn_nnclr" in active:
+            raise ConfigError(
+                "weighting.weights.nnclr: with separate projectors its projector feeds the queue "
+                "that attn_nnclr reads: give it some weight, or attn_nnclr none"
+            )
+        heads: dict[str, list[nn.Module]] = {
+            "nnclr": [self.predictor],
+            "attn_nnclr": [self.predictor2, self.transformer_encoder],
+        }
+        for term in self.weighting.terms:
+            own = [self.projectors[term]] if term in self.projectors else []
+            if term not in active:
+                for module in [*heads.get(term, []), *own]:
+                    module.requires_grad_(False)
+        if not active or (separate and "nnclr" not in active):
+            self.projector.requires_grad_(False)
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -120,13 +154,18 @@ class GrapAll4One(All4One):
         cfg.method_kwargs.setdefault("join_feature_loss", False)
         cfg.method_kwargs.setdefault("separate_projectors", False)
         cfg.setdefault("weighting", {"name": "grap"})
+        cfg.setdefault("diagnostics", {})
+        cfg.diagnostics.setdefault("parameter_space_every", 0)
         return cfg
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """The base's parameter groups and the separate projectors'."""
-        separate = [{"params": each.parameters()} for each in self.projectors.values()]
-        return [*super().learnable_params, *separate]
+        """The base's parameter groups, the separate projectors' and the weighting's, if any."""
+        groups = [{"params": each.parameters()} for each in self.projectors.values()]
+        learned = list(self.weighting.parameters())
+        if learned:
+            groups.append({"params": learned, "weight_decay": 0})  # type: ignore[dict-item]
+        return [*super().learnable_params, *groups]
 
     @property
     def momentum_pairs(self) -> list[tuple[Any, Any]]:
@@ -140,53 +179,110 @@ class GrapAll4One(All4One):
 
     # ---- one step ---------------------------------------------------------------------------
 
-    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step's scalar, whose backward is the weighting's step, from a batch of both views.
 
         Args:
-            batch: ``[indexes, [view1, view2], labels]``.
+            batch: ``[indexes, [view1, view2], labels]``; or one of these for ``train`` and one
+                for ``labelled``, a batch that is held out from the terms' training.
             batch_idx: not used.
         """
-        indexes, _, labels = batch
+        labelled = None
+        if isinstance(batch, Mapping):
+            batch, labelled = batch["train"], batch["labelled"]
+        indexes, views, labels = batch
         # The base embeds both views with both networks and logs the probe's metrics.
         out = super(All4One, self).training_step(batch, batch_idx)
+        nearest, targets = self._targets(out.get("momentum_z", []), out.get("momentum_feats", []))
+        held_out = None if labelled is None else self._held_out(labelled[1])
         projections: dict[str, Views] = {}
-        nearest, targets = self._targets(out["momentum_z"], out["momentum_feats"])
+        down: list[Tensor] = []
 
         def terms(*embeddings: Tensor) -> dict[str, Tensor]:
             projections.update(self._project(embeddings))
             return self._terms(projections, targets)
 
         def downstream(*embeddings: Tensor) -> Tensor:
-            losses = [probe_loss(self.classifier(each), labels) for each in embeddings]
-            return torch.stack(losses).mean()
+            truth = labels if labelled is None else labelled[2]
+            losses = [probe_loss(self.classifier(each), truth) for each in embeddings]
+            down[:] = [*embeddings, torch.stack(losses).mean()]
+            return down[-1]
 
         self.weighting.train(self.current_epoch >= self.weighting.warmup_epochs)
-        step = balance(out["feats"], terms, downstream, self.weighting, self.shared)
+        step = balance(out["feats"], terms, downstream, self.weighting, self.shared, held_out)
         self.effective_weights = step.weights
-        nn_acc = (labels == self.queue_y[nearest]).sum() / len(labels)
-        self.dequeue_and_enqueue(out["momentum_z"][0], labels, indexes)
-        self._log_step(step, nn_acc, projections["nnclr"])
+        self._diagnose(step, down, out["feats"], labelled is not None)
+        if self.weighting.needs_losses_after:
+            self._losses_again = lambda: self._terms(
+                self._project([self.multicrop_forward(each)["feats"] for each in views]), targets
+            )
+        nn_acc = None
+        if nearest is not None:
+            nn_acc = (labels == self.queue_y[nearest]).sum() / len(labels)
+        if targets.momentum:
+            self.dequeue_and_enqueue(out["momentum_z"][0], labels, indexes)
+        self._log_step(step, nn_acc, projections)
         return step.loss + out.get("momentum_loss", 0)
 
     @torch.no_grad()
-    def _targets(self, momentum_z: Views, momentum_feats: Views) -> tuple[Tensor, Targets]:
-        """The nearest queue entry of each sample of the first view, (B,), and the targets."""
-        found = (torch.cat(list(momentum_z)) @ self.queue.T).topk(NEIGHBOURS, dim=1).indices
-        by_view = found.chunk(len(momentum_z))
+    def _targets(self, momentum_z: Views, momentum_feats: Views) -> tuple[Tensor | None, Targets]:
+        """The nearest queue entry of each sample of the first view, (B,), and the targets.
+
+        Nothing is searched for where no term needs neighbours.
+        """
+        if not momentum_z:
+            return None, Targets([], {})
         momentum: dict[str, Views] = {
             term: [F.normalize(projector(each), dim=-1) for each in momentum_feats]
             for term, projector in self.momentum_projectors.items()
         }
         for term in ("byol", "barlow", "feature"):
             momentum.setdefault(term, list(momentum_z))
+        if not {"nnclr", "attn_nnclr"} & set(self.weighting.active):
+            return None, Targets([], momentum)
+        found = (torch.cat(list(momentum_z)) @ self.queue.T).topk(NEIGHBOURS, dim=1).indices
+        by_view = found.chunk(len(momentum_z))
         return by_view[0][:, 0], Targets([self.queue[each] for each in by_view], momentum)
 
+    def _held_out(self, views: Views) -> HeldOut:
+        """A labelled batch's embeddings and terms; no parameter, running statistic or queue entry
+        comes to depend on it."""
+        with torch.no_grad(), frozen_statistics(self):
+            embeddings = [self.multicrop_forward(each)["feats"] for each in views]
+            momentum = [self.momentum_forward(each) for each in views]
+            _, targets = self._targets(
+                [each["z"] for each in momentum], [each["feats"] for each in momentum]
+            )
+
+        def terms(*leaves: Tensor) -> dict[str, Tensor]:
+            with frozen_statistics(self):
+                return self._terms(self._project(leaves), targets)
+
+        return HeldOut(embeddings, terms)
+
+    def _diagnose(self, step: Step, down: list[Tensor], feats: Views, held_out: bool) -> None:
+        """What the gradients say about each other, for whoever records it."""
+        found = diagnose(step)
+        if found is None:
+            return
+        self.diagnostics = dict(zip(diagnostic_names(self.weighting.terms), found, strict=True))
+        every = self.parameter_space_every
+        if every:
+            cosine = found.new_tensor(torch.nan)
+            if self.global_step % every == 0 and not held_out:
+                *leaves, loss = down
+                target = torch.autograd.grad(loss, leaves, retain_graph=True)
+                cosine = parameter_space_cosine(step, target, feats, self.backbone)
+            self.diagnostics["parameter_space"] = cosine
+
     def _project(self, embeddings: Views) -> dict[str, Views]:
-        """Each term's projections of both views, (B, proj_output_dim)."""
-        common = [self.projector(each) for each in embeddings]
+        """Each active term's projections of both views, (B, proj_output_dim)."""
+        active = self.weighting.active
+        common: Views = []
+        if any(term not in self.projectors for term in active):
+            common = [self.projector(each) for each in embeddings]
         views: dict[str, Views] = {}
-        for term in self.weighting.terms:
+        for term in active:
             if term in self.projectors:
                 views[term] = [self.projectors[term](each) for each in embeddings]
             elif self.shared is not None:
@@ -196,30 +292,28 @@ class GrapAll4One(All4One):
         return views
 
     def _terms(self, projections: dict[str, Views], targets: Targets) -> dict[str, Tensor]:
-        """The terms' losses by name, each shape ()."""
-        first, second = targets.neighbours
-        p1, p2 = (self.predictor(each) for each in projections["nnclr"])
-        losses = {
-            "nnclr": (
+        """The active terms' losses by name, each shape ()."""
+        losses: dict[str, Tensor] = {}
+        if "nnclr" in projections:
+            first, second = targets.neighbours
+            p1, p2 = (self.predictor(each) for each in projections["nnclr"])
+            losses["nnclr"] = (
                 contrast(first[:, 0], p2, self.temperature)
                 + contrast(second[:, 0], p1, self.temperature)
+            ) / 2
+        if "attn_nnclr" in projections:
+            losses["attn_nnclr"] = self._attention_term(
+                projections["attn_nnclr"], targets.neighbours
             )
-            / 2,
-            "attn_nnclr": self._attention_term(projections["attn_nnclr"], targets.neighbours),
-        }
-        if self.joined:
-            diagonal, off_diagonal = correlation_losses(
-                projections["feature"], targets.momentum["feature"]
-            )
-            losses["feature"] = (diagonal + off_diagonal) / 2
-        else:
-            losses["byol"], losses["barlow"] = correlation_losses(
-                projections["byol"], targets.momentum["byol"]
-            )
-            if projections["barlow"] is not projections["byol"]:
-                _, losses["barlow"] = correlation_losses(
-                    projections["barlow"], targets.momentum["barlow"]
-                )
+        if "feature" in projections:
+            both = correlation_losses(projections["feature"], targets.momentum["feature"])
+            losses["feature"] = (both[0] + both[1]) / 2
+        for k, term in enumerate(("byol", "barlow")):
+            if term in projections and term not in losses:
+                found = correlation_losses(projections[term], targets.momentum[term])
+                losses[term] = found[k]
+                if k == 0 and projections.get("barlow") is projections[term]:
+                    losses["barlow"] = found[1]
         return losses
 
     def _attention_term(self, projections: Views, neighbours: Views) -> Tensor:
@@ -239,31 +333,31 @@ class GrapAll4One(All4One):
         ) / 2
 
     @torch.no_grad()
-    def _log_step(self, step: Step, nn_acc: Tensor, projections: Views) -> None:
-        """solo-learn's metrics of All4One, and the weighting's."""
+    def _log_step(self, step: Step, nn_acc: Tensor | None, projections: dict[str, Views]) -> None:
+        """solo-learn's metrics of All4One, of the active terms, and the weighting's."""
         losses = step.losses
-        if self.joined:
-            feature = 10 * losses["feature"]
-        else:
-            feature = 5 * (losses["byol"] + losses["barlow"])
-        stds = [F.normalize(each, dim=-1).std(dim=0).mean() for each in projections]
-        metrics = {
-            "train_comb_loss": step.statistics.losses @ self.weighting.reference.to(feature),
-            "train_nnclr_loss": losses["nnclr"],
-            "train_att_nnclr_loss": losses["attn_nnclr"],
-            "train_feature_loss": feature,
-            "train_nn_acc": nn_acc,
-            "train_z_std": torch.stack(stds).mean(),
-        }
-        if not self.joined:
-            metrics |= {f"train_{term}_loss": losses[term] for term in ("byol", "barlow")}
+        metrics = {f"train_{LOGGED.get(term, term)}_loss": each for term, each in losses.items()}
+        if "feature" in losses:
+            metrics["train_feature_loss"] = 10 * losses["feature"]
+        elif "byol" in losses and "barlow" in losses:
+            metrics["train_feature_loss"] = 5 * (losses["byol"] + losses["barlow"])
+        if losses:
+            reference = dict(zip(self.weighting.terms, self.weighting.reference, strict=True))
+            parts = [reference[term] * each for term, each in losses.items()]
+            metrics["train_comb_loss"] = torch.stack(parts).sum()
+            views = next(iter(projections.values()))
+            stds = [F.normalize(each, dim=-1).std(dim=0).mean() for each in views]
+            metrics["train_z_std"] = torch.stack(stds).mean()
+        if nn_acc is not None:
+            metrics["train_nn_acc"] = nn_acc
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
         weighting = {
             f"weight/{term}": weight
             for term, weight in zip(self.weighting.terms, step.weights, strict=True)
         }
-        if step.alignment is not None:
-            weighting["alignment"] = step.alignment.nan_to_num()
+        names = ["alignment", *(f"alignment/{term}" for term in self.weighting.terms)]
+        for name in names if self.diagnostics else ():
+            weighting[name] = self.diagnostics[name].nan_to_num()
         self.log_dict(weighting)
 
     # ---- what the base calls ----------------------------------------------------------------
@@ -277,6 +371,8 @@ class GrapAll4One(All4One):
     base_validation_step = base_training_step
 
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        if not self.weighting.active and self.momentum_classifier is None:
+            return {}
         out: dict[str, Tensor] = self.momentum_forward(X)
         if self.momentum_classifier is not None:
             out.update(_probe(self.momentum_classifier, out["feats"], targets))
@@ -299,6 +395,22 @@ class GrapAll4One(All4One):
         self.queue_index[slots] = idx
         self.queue_ptr.add_(len(z)).remainder_(size)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Gives the losses after the step to a weighting that asks for them."""
+        if self._losses_again is not None and self.trainer.global_step > self.last_step:
+            with (
+                torch.no_grad(),
+                frozen_statistics(self),
+                self.trainer.precision_plugin.forward_context(),
+            ):
+                losses = self._losses_again()
+            values = torch.stack([losses[term] for term in self.weighting.terms])
+            self.weighting.after_step(gather(values[None]).mean(dim=0))
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        self.weighting.end_epoch()
+
     # ---- checkpoints ------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
@@ -315,6 +427,20 @@ class GrapAll4One(All4One):
         state = checkpoint["state_dict"]
         for key in [key for key in state if key.endswith("cached_penc")]:
             del state[key]
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch-norms normalise by their batch, as in training, but do not remember it."""
+    norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
+    momenta = [each.momentum for each in norms]
+    for each in norms:
+        each.momentum = 0.0
+    try:
+        yield
+    finally:
+        for each, momentum in zip(norms, momenta, strict=True):
+            each.momentum = momentum
 
 
 def _probe(classifier: nn.Module, feats: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -11,14 +11,22 @@ from torch import Tensor, nn
 
 from grap_solo.errors import ConfigError, unknown_name
 
+SCALES = ("none", "reference", "unit")
+HEADS = ("weighted", "unweighted", "reference")
+SHARED_HEADS = ("sum", "weights")
+
+CAUSES = ("", "held", "unlabelled", "not finite", "no composite gradient", "every weight 0")
+"""Why a step was not learned from; the first stands for a step that was."""
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a weighting may look at. Everything is detached; across processes all but ``losses``
-    is that of the joined batch.
+    """What a weighting may look at. Everything is detached, and across processes that of the
+    joined batch.
 
     Attributes:
-        losses: the K terms' values in this process, shape (K,).
+        losses: the K terms' values, shape (K,); those of this process alone for a weighting that
+            does not use them.
         gramian: ``C = G G^T`` of the embedding gradients, shape (K, K); None where the weighting
             needs no gradients.
         products: ``p = G g_down``, shape (K,); None likewise.
@@ -35,29 +43,85 @@ class Statistics:
 class Weighting(nn.Module):
     """Base of all weightings. In ``eval()`` mode a weighting that learns holds its weights.
 
+    A rule gives a *direction*, K weights; three keys, which every rule takes, say what is done
+    with them. Each rule's own defaults are those of its source.
+
     Args:
         terms: the names of the K terms, in the order in which every K-vector here stands.
         reference: the method's own default weight of each term; 1 for each when None.
+        scale: the norm of the composite gradient ``w^T G`` at the embedding: ``none`` leaves the
+            rule's weights as they are; ``reference``, the norm that the reference weights would
+            give it at this step; ``unit``, 1; or a positive number.
+        heads: what each term's own head is trained by: ``weighted``, its term times the effective
+            weight, as in ``loss = sum_k w_k L_k``; ``unweighted``, the term alone; ``reference``,
+            the term times its reference weight.
+        shared_heads: what a module that several terms share (All4One's projector) gets: ``sum``,
+            the sum of what the terms' heads get, or ``weights``, the same weighted sum as the
+            backbone.
 
     Raises:
-        ConfigError: no terms, a name twice, or reference weights that do not fit the terms.
+        ConfigError: no terms, a name twice, reference weights that do not fit the terms, or an
+            unknown ``scale``, ``heads`` or ``shared_heads``.
     """
 
-    needs_gradients = False
-    """Whether the embedding gradients must be computed for it."""
+    uses_gradients = False
+    """Whether the rule looks at the Gramian or the products."""
+
+    uses_losses = False
+    """Whether the rule looks at the losses' values, which are then those of the joined batch."""
+
+    default_scale: str = "none"
+    default_heads: str = "weighted"
 
     warmup_epochs = 0
     """Epochs for which a training loop that counts epochs keeps the weighting in eval mode."""
 
+    downstream_weight = 0.0
+    """With which weight the downstream loss reaches the backbone."""
+
+    cause: Tensor | None = None
+    """Why the last step was not learned from, an index into :data:`CAUSES`, shape (); None for a
+    rule that leaves no step out."""
+
     reference: Tensor
 
-    def __init__(self, terms: Sequence[str], reference: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        terms: Sequence[str],
+        reference: Mapping[str, float] | None = None,
+        *,
+        scale: str | float | None = None,
+        heads: str | None = None,
+        shared_heads: str = "sum",
+    ) -> None:
         super().__init__()
         self.terms = tuple(terms)
         if not self.terms or len(set(self.terms)) < len(self.terms):
             raise ConfigError(f"terms: expected one or more different names, got {list(terms)}")
         given = dict.fromkeys(self.terms, 1.0) if reference is None else reference
         self.register_buffer("reference", self.vector(given, "reference weights"), persistent=False)
+        self.scale = self.default_scale if scale is None else scale
+        self.heads = self.default_heads if heads is None else heads
+        self.shared_heads = shared_heads
+        if isinstance(self.scale, str):
+            if self.scale not in SCALES:
+                raise unknown_name("weighting.scale", scale, (*SCALES, "a number"))
+        elif not _is_number(self.scale) or self.scale <= 0:
+            raise ConfigError(f"weighting.scale: expected a number above 0, got {scale!r}")
+        if self.heads not in HEADS:
+            raise unknown_name("weighting.heads", heads, HEADS)
+        if shared_heads not in SHARED_HEADS:
+            raise unknown_name("weighting.shared_heads", shared_heads, SHARED_HEADS)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the embedding gradients must be computed: for the rule, or for its keys."""
+        return self.uses_gradients or self.scale != "none" or self.heads != "weighted"
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The terms that can get weight. The others need not be computed."""
+        return self.terms
 
     def vector(self, weights: Mapping[str, float], where: str) -> Tensor:
         """The weights as a (K,) tensor: every term once, finite, not negative, not all zero."""
@@ -72,73 +136,80 @@ class Weighting(nn.Module):
         if missing:
             raise ConfigError(f"{where}: no weight for {', '.join(missing)}: add it")
         for name, value in weights.items():
-            if not _is_number(value) or value < 0:
-                raise ConfigError(
-                    f"{where}.{name}: expected a finite number of 0 or more, got {value!r}"
-                )
+            number(value, f"{where}.{name}")
         vector = torch.tensor([float(weights[name]) for name in self.terms])
         if not vector.any():
             raise ConfigError(f"{where}: every weight is 0: give at least one term some weight")
         return vector
 
-    def forward(self, statistics: Statistics) -> Tensor:
-        """The effective weights of this step, shape (K,): multipliers of the plain losses."""
-        raise NotImplementedError
-
-
-class GradientWeighting(Weighting):
-    """Base of the weightings that look at the embedding gradients.
-
-    A subclass gives weights ``w`` up to a factor; here they are scaled so that the composite
-    gradient ``w^T G`` has a chosen norm. Every head is trained by its own unweighted loss.
-
-    Args:
-        terms: see :class:`Weighting`.
-        reference: see :class:`Weighting`.
-        scale: the norm of the composite gradient: ``reference``, the norm that the reference
-            weights would give it at this step; ``unit``, 1; or a positive number.
-        shared_heads: what a module that several terms share (All4One's projector) gets:
-            ``sum``, the plain sum of the terms' gradients, or ``weights``, the same weighted sum
-            as the backbone.
-
-    Raises:
-        ConfigError: an unknown ``scale`` or ``shared_heads``.
-    """
-
-    needs_gradients = True
-
-    def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        scale: str | float = "reference",
-        shared_heads: str = "sum",
-    ) -> None:
-        super().__init__(terms, reference)
-        if isinstance(scale, str):
-            if scale not in ("reference", "unit"):
-                raise unknown_name("weighting.scale", scale, ("reference", "unit", "a number"))
-        elif not _is_number(scale) or scale <= 0:
-            raise ConfigError(f"weighting.scale: expected a number above 0, got {scale!r}")
-        if shared_heads not in ("sum", "weights"):
-            raise unknown_name("weighting.shared_heads", shared_heads, ("sum", "weights"))
-        self.scale = scale
-        self.shared_heads = shared_heads
-
     def direction(self, statistics: Statistics) -> Tensor:
-        """The weights up to a factor, shape (K,), not negative."""
+        """The rule's weights, shape (K,). In training mode it learns from the statistics."""
         raise NotImplementedError
 
-    def forward(self, statistics: Statistics) -> Tensor:
-        """``e = s w / sqrt(w^T C w)`` with the norm ``s`` that ``scale`` asks for, shape (K,)."""
+    def forward(self, statistics: Statistics, evidence: Statistics | None = None) -> Tensor:
+        """The effective weights of this step, shape (K,): multipliers of the plain losses.
+
+        Args:
+            statistics: of the batch that the weights are for. With a ``scale`` they are
+                ``e = s w / sqrt(w^T C w)``, where ``s`` is the norm that it asks for.
+            evidence: what the rule looks at instead, where that is another batch.
+        """
+        weights = self.direction(statistics if evidence is None else evidence)
+        if self.scale == "none":
+            return weights
         gramian = statistics.gramian
-        assert gramian is not None, f"{type(self).__name__} needs gradients"
-        weights = self.direction(statistics)
+        assert gramian is not None
         unit = weights / composite_norm(weights, gramian)
         if self.scale == "reference":
             return unit * composite_norm(self.reference.to(gramian.dtype), gramian)
         return unit if self.scale == "unit" else unit * float(self.scale)
+
+    def head_weights(self, effective: Tensor) -> Tensor:
+        """What each term is multiplied by for its own head, shape (K,)."""
+        if self.heads == "weighted":
+            return effective
+        reference = self.reference.to(effective)
+        return reference if self.heads == "reference" else torch.ones_like(reference)
+
+    def extra_loss(self, losses: Tensor) -> Tensor | None:
+        """What the weighting's own parameters are trained by, shape (); None if it has none.
+
+        Args:
+            losses: the terms' values, shape (K,), detached.
+        """
+        return None
+
+    def end_epoch(self) -> None:
+        """To be called at the end of each epoch."""
+
+    needs_losses_after = False
+    """Whether :meth:`after_step` is to be called."""
+
+    def after_step(self, losses: Tensor) -> None:
+        """To be called with the same batch's losses, shape (K,), after the optimiser's step."""
+
+
+def number(value: object, key: str, above_zero: bool = False) -> float:
+    """The value again if it is a finite number of 0 or more, or above 0.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if _is_number(value) and (value > 0 if above_zero else value >= 0):  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    least = "a number above 0" if above_zero else "a finite number of 0 or more"
+    raise ConfigError(f"{key}: expected {least}, got {value!r}")
+
+
+def whole(value: object, key: str) -> int:
+    """The value again if it is a whole number of 0 or more.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ConfigError(f"{key}: expected a whole number of 0 or more, got {value!r}")
 
 
 def _is_number(value: object) -> bool:

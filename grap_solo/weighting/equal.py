@@ -9,7 +9,7 @@ from grap_solo.weighting.base import Statistics, Weighting
 
 
 class Equal(Weighting):
-    """Weight 1 for every term, on the plain path: ``loss = sum_k L_k``, heads included."""
+    """Weight 1 for every term: ``loss = sum_k L_k``, heads included."""
 
-    def forward(self, statistics: Statistics) -> Tensor:
+    def direction(self, statistics: Statistics) -> Tensor:
         return torch.ones_like(statistics.losses)

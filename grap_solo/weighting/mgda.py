@@ -1,0 +1,48 @@
+"""MGDA: the convex combination of the terms' gradients that is nearest to 0."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import nnls
+from torch import Tensor
+
+from grap_solo.weighting.base import Statistics, Weighting
+
+
+class MGDA(Weighting):
+    """The min-norm point of the gradients' convex hull (Désidéri 2012; Sener & Koltun 2018, Eq. 3
+    and Alg. 2, with the embedding in place of the shared parameters: their MGDA-UB).
+
+        min_w  || w^T G ||^2   with  w >= 0,  sum_k w_k = 1
+
+    As in Alg. 2 the backbone gets that combination as it is (``scale: none``) and each head its
+    own unweighted gradient (``heads: unweighted``).
+
+    It is solved exactly, on the CPU in float64: the minimiser of ``|| x^T G ||^2 + (sum x - 1)^2``
+    over ``x >= 0`` is a multiple of it, and that is a non-negative least-squares problem.
+
+    The keys are those of :class:`~grap_solo.weighting.base.Weighting`.
+    """
+
+    uses_gradients = True
+    default_heads = "unweighted"
+
+    def direction(self, statistics: Statistics) -> Tensor:
+        gramian = statistics.gramian
+        assert gramian is not None
+        return gramian.new_tensor(min_norm_weights(gramian.double().cpu().numpy()))
+
+
+def min_norm_weights(gramian: np.ndarray) -> np.ndarray:
+    """The weights, shape (K,), of the min-norm point for a Gramian, shape (K, K).
+
+    Equal weights where the Gramian is not finite or 0.
+    """
+    count = len(gramian)
+    size = gramian.trace() / count
+    if not np.isfinite(gramian).all() or size <= 0:
+        return np.full(count, 1 / count)
+    values, vectors = np.linalg.eigh(gramian / size)
+    root = np.sqrt(values.clip(min=0))[:, None] * vectors.T  # root^T root is the Gramian.
+    solution, _ = nnls(np.vstack([root, np.ones(count)]), np.append(np.zeros(count), 1.0))
+    return solution / solution.sum()
