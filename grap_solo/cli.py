@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 USAGE = """\
 usage: grap-solo pretrain --config-path DIR --config-name NAME [key=value ...]
            train one configuration; every flag and override of hydra's works
-       grap-solo retrain RUN_DIR [key=value ...]
-           train from scratch with the median weights that a run has found
+       grap-solo retrain RUN_DIR ... [--epochs FIRST LAST | --mean-last STEPS] [key=value ...]
+           train from scratch with the median weights that runs have found
+       grap-solo finetune RUN_DIR [key=value ...]
+           train a run's backbone on with the labels, end to end
+       grap-solo compare --config-path DIR --config-name NAME [methods=[...]] [seeds=[...]]
+               [processes=N] [key=value ...]
+           methods x seeds into one table with its pictures; goes on where it was stopped
+       grap-solo search DIRECTORY --config-path DIR --config-name NAME [--trials N]
+               [--sampler tpe|random] [--pruner none|median] [--seed N] [key=value ...]
+           a search over the weights, beside GraP; goes on where it was stopped
+       grap-solo report FOLDER ... [--output DIR]
+           pictures and one HTML page of runs and comparisons
        grap-solo demo
            default, grap and grap_tuned on scikit-learn's digits, into runs/demo
        grap-solo run SCRIPT [arguments ...]
@@ -34,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "pretrain": _pretrain,
         "retrain": _retrain,
+        "finetune": _finetune,
+        "compare": _compare,
+        "search": _search,
+        "report": _report,
         "demo": _demo,
         "run": _run,
     }
@@ -64,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _pretrain(arguments: list[str]) -> None:
     """hydra's own main, with ``--config-path`` relative to the current folder."""
     import hydra
-    from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
     from grap_solo.errors import ConfigError
@@ -76,10 +95,14 @@ def _pretrain(arguments: list[str]) -> None:
 
     def job(cfg: DictConfig) -> None:
         sys.argv = started  # With which Lightning starts the processes of further devices.
+        failed = 1
         try:
             pretrain(cfg)
+            failed = 0
         except (ConfigError, OmegaConfBaseException) as error:
             refused.append(error)  # Raised below: hydra would print lines of its own.
+        finally:
+            _end_wandb(failed)
 
     for i, argument in enumerate(list(arguments)):
         flag, equals, value = argument.partition("=")
@@ -97,26 +120,146 @@ def _pretrain(arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Its errors come to main(), which prints one line.
     sys.argv = ["grap-solo pretrain", *arguments]
     hydra.main(version_base="1.2", config_path=None)(job)()
+    for error in refused[:-1]:  # Of a multirun: each job that was refused has its line.
+        print(f"grap-solo: {' '.join(str(error).split())}", file=sys.stderr)
     if refused:
-        raise refused[0]
+        raise refused[-1]
+
+
+def _end_wandb(exit_code: int) -> None:
+    """Ends W&B's run, if there is one: a multirun's next job would go on in it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        with suppress(Exception):  # Whatever it is, the next job matters more.
+            wandb.finish(exit_code)
 
 
 def _retrain(arguments: list[str]) -> None:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import DictConfig
-
-    from grap_solo.errors import ConfigError
     from grap_solo.train import retrain
 
-    if not arguments or "=" in arguments[0]:
-        raise ConfigError("retrain: give the folder of a run: grap-solo retrain RUN_DIR")
-    parent, overrides = Path(arguments[0]).resolve(), arguments[1:]
+    parser = _Parser(prog="retrain")
+    parser.add_argument("arguments", nargs="*")
+    parser.add_argument("--epochs", nargs=2, type=int, metavar=("FIRST", "LAST"))
+    parser.add_argument("--mean-last", type=int, metavar="STEPS")
+    given = parser.parse_intermixed_args(arguments)
+    if given.mean_last is not None and given.mean_last < 1:
+        parser.error("argument --mean-last: expected 1 or more")
+    runs, overrides = _runs_and_overrides("retrain", given.arguments)
+    epochs = None if given.epochs is None else (given.epochs[0], given.epochs[1])
+    retrain(runs, _loader(overrides), epochs, given.mean_last)
+
+
+def _finetune(arguments: list[str]) -> None:
+    from grap_solo.errors import ConfigError
+    from grap_solo.train import finetune
+
+    runs, overrides = _runs_and_overrides("finetune", arguments)
+    if len(runs) > 1:
+        raise ConfigError("finetune: give one run's folder")
+    finetune(runs[0], _loader(overrides))
+
+
+def _compare(arguments: list[str]) -> None:
+    from grap_solo.compare import compare, read_grid
+    from grap_solo.errors import ConfigError
+
+    given, overrides = _parse_overrides(_config_parser("compare"), arguments)
+    cfg, grid = read_grid(
+        _config_file(given), overrides, lambda path, changes: _loader(list(changes))(path)
+    )
+    for key in ("methods", "seeds"):
+        if key not in grid:
+            raise ConfigError(f"{key}: missing: add {key}=[...] to the command line or the file")
+    if type(grid.get("processes", 1)) is not int or grid.get("processes", 1) < 1:
+        raise ConfigError(
+            f"processes: expected a whole number of 1 or more, got {grid['processes']!r}"
+        )
+    compare(cfg, **grid)
+
+
+def _search(arguments: list[str]) -> None:
+    from grap_solo.search import search
+
+    parser = _config_parser("search")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--sampler", default="tpe")
+    parser.add_argument("--pruner", default="none")
+    parser.add_argument("--seed", type=int, default=0)
+    given, overrides = _parse_overrides(parser, arguments)
+    cfg = _loader(overrides)(_config_file(given))
+    search(cfg, given.directory, given.trials, given.sampler, given.pruner, given.seed)
+
+
+def _report(arguments: list[str]) -> None:
+    from grap_solo.report import report
+
+    parser = _Parser(prog="report")
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args(arguments)
+    report(given.folders, given.output or given.folders[0] / "report")
+
+
+def _config_parser(command: str) -> _Parser:
+    """A parser of hydra's two flags."""
+    parser = _Parser(prog=command)
+    parser.add_argument("--config-path", "-cp", type=Path, required=True)
+    parser.add_argument("--config-name", "-cn", required=True)
+    return parser
+
+
+def _parse_overrides(parser: _Parser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The parser's arguments, and hydra's overrides: those that have a ``=`` and are no flags."""
+    overrides = [each for each in arguments if "=" in each and not each.startswith("-")]
+    return parser.parse_args([each for each in arguments if each not in overrides]), overrides
+
+
+def _config_file(given: argparse.Namespace) -> Path:
+    """The file that the two flags name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from grap_solo.errors import ConfigError
+
+    path: Path = given.config_path
+    if not path.is_dir():
+        raise ConfigError(f"--config-path: no such folder '{path}': give the folder of the file")
+    file = path / f"{given.config_name.removesuffix('.yaml')}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"--config-name: no such file {file}: give the name of a file there")
+    return file
+
+
+class _Parser(argparse.ArgumentParser):
+    """Whose errors are ours: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        from grap_solo.errors import ConfigError
+
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def _runs_and_overrides(command: str, arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The folders of runs and hydra's overrides, told apart by their ``=``."""
+    from grap_solo.errors import ConfigError
+
+    runs = [each for each in arguments if "=" not in each or Path(each).is_dir()]
+    if not runs:
+        raise ConfigError(f"{command}: give the folder of a run: grap-solo {command} RUN_DIR")
+    return [Path(each) for each in runs], [each for each in arguments if each not in runs]
+
+
+def _loader(overrides: list[str]) -> Callable[[Path], DictConfig]:
+    """Composes a run's configuration file with the command line's changes."""
+    from hydra import compose, initialize_config_dir
 
     def load(file: Path) -> DictConfig:
-        with initialize_config_dir(str(file.parent), version_base="1.2"):
+        with initialize_config_dir(str(file.parent.resolve()), version_base="1.2"):
             return compose(file.name, overrides)
 
-    retrain(parent, load)
+    return load
 
 
 def _demo(arguments: list[str]) -> None:

@@ -20,7 +20,7 @@ from grap_solo.methods.all4one import JOINED_REFERENCE, REFERENCE
 from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import build_backbone
 from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS
-from grap_solo.weighting import build_weighting
+from grap_solo.weighting import Weighting, build_weighting
 
 METHODS = ("all4one", "grap_all4one")
 
@@ -31,6 +31,9 @@ devices: 1
 num_nodes: 1
 strategy: null
 resume_from_checkpoint: null
+pretrained_feature_extractor: null
+labels: {fraction: 1.0, split: train}
+diagnostics: {parameter_space_every: 0}
 data:
   train_path: null
   val_path: null
@@ -74,6 +77,9 @@ OPTIONAL: dict[str, tuple[type, float | None]] = {
     "data.num_workers": (int, 0),
     "data.fraction": (float, -1),
     "data.num_classes": (int, 1),
+    "labels.fraction": (float, POSITIVE),
+    "diagnostics.parameter_space_every": (int, 0),
+    "pretrained_feature_extractor": (str, None),
     "data.no_labels": (bool, None),
     "data.download": (bool, None),
     "method_kwargs.queue_size": (int, 5),  # The neighbours of a sample.
@@ -104,6 +110,9 @@ BLOCKS: tuple[str, ...] = (
     "checkpoint",
 )
 BLOCKS += ("knn_eval", "wandb", "performance", "optimizer.kwargs", "backbone.kwargs", "weighting")
+BLOCKS += ("labels", "diagnostics")
+SPLITS = ("train", "held_out")
+LARGEST_HELD_OUT = 0.5
 PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed", "32", "64", "16", "bf16")
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -139,7 +148,8 @@ def prepare(source: DictConfig) -> DictConfig:
     OmegaConf.set_struct(cfg, False)
     _none_strings(cfg)
     _check_keys(cfg)
-    _check_weighting(cfg)
+    weighting = _check_weighting(cfg)
+    _check_labels(cfg, weighting)
 
     crops = count_crops(cfg.get("augmentations") or [])
     cfg.data.num_large_crops, cfg.data.num_small_crops = crops, 0
@@ -221,6 +231,7 @@ def _check_keys(cfg: DictConfig) -> None:
         ("optimizer.name", OPTIMIZERS),
         ("scheduler.name", SCHEDULERS),
         ("scheduler.interval", ("step", "epoch")),
+        ("labels.split", SPLITS),
         ("knn_eval.distance_func", ("euclidean", "cosine")),
         ("precision", PRECISIONS),
     ):
@@ -271,7 +282,7 @@ def _check_backbone_kwargs(cfg: DictConfig) -> None:
             raise ConfigError(f"backbone.kwargs: {error}".splitlines()[0]) from None
 
 
-def _check_weighting(cfg: DictConfig) -> None:
+def _check_weighting(cfg: DictConfig) -> Weighting:
     """Fills in the block, or tries it: what it refuses is known before any data is read."""
     if cfg.method == "all4one":
         if "weighting" in cfg:
@@ -284,7 +295,30 @@ def _check_weighting(cfg: DictConfig) -> None:
         cfg.weighting = {"name": "grap"}
     reference = terms_of(cfg)
     block: Any = OmegaConf.to_container(cfg.weighting, resolve=True)
-    build_weighting(block, tuple(reference), reference)
+    return build_weighting(block, tuple(reference), reference)
+
+
+def _check_labels(cfg: DictConfig, weighting: Weighting) -> None:
+    """Which images keep their labels, and whether the weighting can do with them."""
+    for block, keys in (
+        ("labels", ("fraction", "split")),
+        ("diagnostics", ("parameter_space_every",)),
+    ):
+        for key in cfg[block]:
+            if key not in keys:
+                raise unknown_name(block, key, keys)
+    fraction, held_out = cfg.labels.fraction, cfg.labels.split == "held_out"
+    most = LARGEST_HELD_OUT if held_out else 1
+    if fraction > most:
+        part = "the part that is held out" if held_out else "the part that keeps its labels"
+        raise ConfigError(
+            f"labels.fraction: {part}: expected a number above 0 and up to {most}, got {fraction}"
+        )
+    if held_out and weighting.downstream_weight:
+        raise ConfigError(
+            f"labels.split: '{cfg.weighting.name}' trains the backbone with the labels: they "
+            "cannot be held out: set labels.split=train"
+        )
 
 
 def _resolve_devices(cfg: DictConfig) -> None:

@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 import grap_solo
 from grap_solo.data import evaluation_loader, load_images
 from grap_solo.errors import ConfigError
-from grap_solo.evaluate import Accuracies, evaluate
+from grap_solo.evaluate import Evaluation, evaluate
 from grap_solo.methods import GrapAll4One
+from grap_solo.summary import markdown
 from grap_solo.train import Run, pretrain, retrain
 from grap_solo.trajectory import MEDIAN_FILE, median_weights
 
@@ -36,7 +37,7 @@ class Row:
 
     method: str
     online: float | None
-    offline: Accuracies
+    offline: Evaluation
     weights: dict[str, float] | None
 
     def cells(self) -> list[str]:
@@ -86,7 +87,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[Row]:
     start = time.monotonic()
     default = pretrain(configuration("all4one", "default"))
     grap = pretrain(configuration("grap", "grap"))
-    tuned = retrain(grap.directory, lambda _: configuration("grap", "grap_tuned"))
+    tuned = retrain([grap.directory], lambda _: configuration("grap", "grap_tuned"))
     seconds = time.monotonic() - start
 
     rows = [Row("untrained", None, _evaluate_untrained(default), None)]
@@ -95,7 +96,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def _evaluate(run: Run, model: GrapAll4One) -> Accuracies:
+def _evaluate(run: Run, model: GrapAll4One) -> Evaluation:
     train, validation = (load_images(run.cfg.data, train=part) for part in (True, False))
     return evaluate(
         model.backbone,
@@ -104,7 +105,7 @@ def _evaluate(run: Run, model: GrapAll4One) -> Accuracies:
     )
 
 
-def _evaluate_untrained(run: Run) -> Accuracies:
+def _evaluate_untrained(run: Run) -> Evaluation:
     """The backbone as ``run`` started with it."""
     pl.seed_everything(run.cfg.seed, verbose=False)
     return _evaluate(run, GrapAll4One(run.cfg))
@@ -119,19 +120,7 @@ def _write_summary(rows: Sequence[Row], directory: Path, seconds: float, run: Ru
     cells = [[*HEADER, *TERMS], *(row.cells() for row in rows)]
     with (directory / "summary.csv").open("w", newline="") as file:
         csv.writer(file).writerows(cells)
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = (
-        "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    )
-    table = "\n".join([line(cells[0]), rule, *(line(row) for row in cells[1:])])
+    table = markdown(cells)
     notes = (
         f"Top-1 on digits' validation images in percent (one seed, {run.cfg.seed}; "
         f"{run.cfg.max_epochs} epochs). The weights are All4One's own, the median of those that "

@@ -72,7 +72,9 @@ def parameter_space_cosine(
     statistics = step.statistics
     assert statistics.gramian is not None and statistics.products is not None
     in_parameters = objective_gradient(weights, gramian[:-1, :-1], gramian[:-1, -1], "gradient")
-    in_embeddings = objective_gradient(weights, statistics.gramian, statistics.products, "gradient")
+    in_embeddings = objective_gradient(
+        weights.to(statistics.gramian), statistics.gramian, statistics.products, "gradient"
+    )
     return F.cosine_similarity(in_parameters, in_embeddings.to(gramian), dim=0)
 
 

@@ -18,16 +18,19 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Accuracies:
-    """Top-1 accuracies on the validation set, in percent.
+class Evaluation:
+    """What a backbone's frozen embeddings are worth; accuracies are top-1 on the validation set in
+    percent.
 
     Attributes:
         linear: multinomial logistic regression, trained to convergence.
         knn: k-NN with k = 20 and cosine distance.
+        rankme: see :func:`rankme`, of the training embeddings.
     """
 
     linear: float
     knn: float
+    rankme: float
 
 
 @torch.no_grad()
@@ -49,7 +52,7 @@ def evaluate(
     train: Iterable[Any],
     validation: Iterable[Any],
     device: torch.device | str = "cpu",
-) -> Accuracies:
+) -> Evaluation:
     """Linear probe and k-NN on the embeddings of a frozen backbone.
 
     Args:
@@ -66,4 +69,16 @@ def evaluate(
         warnings.simplefilter("error", ConvergenceWarning)  # A figure short of convergence is none.
         linear.fit(x, y)
     knn = KNeighborsClassifier(n_neighbors=min(20, len(x)), metric="cosine").fit(x, y)
-    return Accuracies(100 * linear.score(x_val, y_val), 100 * knn.score(x_val, y_val))
+    linear_score, knn_score = (100 * each.score(x_val, y_val) for each in (linear, knn))
+    return Evaluation(linear_score, knn_score, rankme(x))
+
+
+def rankme(embeddings: np.ndarray) -> float:
+    """The effective rank of embeddings (N, D), between 1 and min(N, D), from at most the first
+    25,600 of them (Garrido et al. 2023, arXiv 2210.02885, Eq. 1 and 2).
+
+    ``exp(-sum_k p_k log p_k)`` with ``p_k = s_k / sum_j s_j + 1e-7`` of the singular values.
+    """
+    values = np.linalg.svd(embeddings[:25_600].astype(np.float64), compute_uv=False)
+    shares = values / values.sum() + 1e-7
+    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
@@ -23,23 +24,26 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.config import images_per_step, prepare, run_dir, terms_of
 from grap_solo.data import (
     evaluation_loader,
+    labelled_loader,
     load_images,
     pretrain_loader,
     resolve_num_classes,
+    split_labels,
 )
 from grap_solo.errors import ConfigError
 from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
 from grap_solo.solo import describe_base
-from grap_solo.trajectory import MEDIAN_FILE, WEIGHTS_FILE, read_median
+from grap_solo.trajectory import WEIGHTS_FILE, pooled_weights
 
 CONFIG_FILE = "config.yaml"
+LABELS_FILE = "labels.csv"
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,21 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
     train_images = load_images(cfg.data, train=True)
-    val_images = None if _no_validation(cfg) else load_images(cfg.data, train=False)
+    val_images = None if no_validation(cfg) else load_images(cfg.data, train=False)
     parts = [each for each in (train_images, val_images) if each is not None]
     cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
-    train_loader = pretrain_loader(cfg, train_images, images_per_step(cfg))
+    train_images, held_out, labelled = split_labels(
+        train_images, cfg.labels.fraction, cfg.labels.split == "held_out", cfg.seed
+    )
+    train_loader: Any = pretrain_loader(cfg, train_images, images_per_step(cfg))
+    if held_out is not None:
+        loaders = {"train": train_loader, "labelled": labelled_loader(cfg, held_out)}
+        train_loader = CombinedLoader(loaders, mode="max_size_cycle")
     val_loader = None if val_images is None else evaluation_loader(cfg, val_images)
 
     model = GrapAll4One(cfg)
+    if cfg.pretrained_feature_extractor is not None:
+        _load_backbone(model, Path(cfg.pretrained_feature_extractor))
     if _is_first_process():
         _make_directory(directory)
     if not cfg.performance.disable_channel_last:
@@ -92,6 +104,8 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     trainer = _trainer(cfg, directory, callbacks)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
+        if labelled is not None:
+            np.savetxt(directory / LABELS_FILE, labelled, fmt="%d", header="index", comments="")
         print(
             f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}",
             flush=True,
@@ -111,34 +125,90 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     return Run(directory, model.eval(), cfg, None if accuracy is None else accuracy.item())
 
 
-def retrain(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
-    """Trains from scratch with the median weights that a run has found ("tuned", paper 4.2).
+def retrain(
+    parents: Sequence[Path],
+    load: Callable[[Path], DictConfig],
+    epochs: tuple[int, int] | None = None,
+    last: int | None = None,
+) -> Run:
+    """Trains from scratch with the median weights that runs have found ("tuned", paper 4.2).
 
-    The new run goes beside the old one, with ``_tuned`` behind its name, unless the command line
-    gives it another ``name`` or ``checkpoint.dir``.
+    The new run goes beside the first one, with ``_tuned`` behind its name, unless the command line
+    gives it another ``name`` or ``checkpoint.dir``. Its ``config.yaml`` is complete: the weights,
+    and ``tuned_from``, which says what they come from.
+
+    Args:
+        parents: the runs' directories; the first one's configuration is trained.
+        load: composes a configuration file, with what the command line changes in it.
+        epochs: see :func:`~grap_solo.trajectory.pooled_weights`.
+        last: see :func:`~grap_solo.trajectory.pooled_weights`.
+
+    Raises:
+        ConfigError: not a run's directory, or what :func:`pretrain` refuses.
+    """
+    cfg = _child(parents[0], load, "tuned")
+    warmup = [OmegaConf.select(_read_config(each), WARMUP, default=0) for each in parents]
+    weights = pooled_weights([each / WEIGHTS_FILE for each in parents], warmup, epochs, last)
+    cfg.method = "grap_all4one"
+    cfg.weighting = {"name": "fixed", "weights": weights}
+    cfg.tuned_from = {"runs": [str(each) for each in parents], "epochs": epochs, "last": last}
+    return pretrain(cfg)
+
+
+def finetune(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
+    """Trains a run's backbone on with the labels, end to end ("Tuned", paper Table 6).
+
+    The new run goes beside the old one, with ``_finetuned`` behind its name, as in
+    :func:`retrain`.
 
     Args:
         parent: the run's directory.
         load: composes a configuration file, with what the command line changes in it.
 
     Raises:
-        ConfigError: not a run's directory, or what :func:`pretrain` refuses.
+        ConfigError: not a run's directory, no checkpoint in it, or what :func:`pretrain` refuses.
     """
-    file = parent / CONFIG_FILE
+    cfg = _child(parent, load, "finetuned")
+    cfg.method = "grap_all4one"
+    cfg.weighting = {"name": "supervised"}
+    cfg.labels = {**cfg.get("labels", {}), "split": "train"}
+    cfg.pretrained_feature_extractor = str(newest_checkpoint(parent))
+    return pretrain(cfg)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The last checkpoint of a run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ConfigError(f"{run / 'checkpoints'}: no checkpoint: train with checkpoint.enabled")
+    return found[-1]
+
+
+WARMUP = "weighting.warmup_epochs"
+
+
+def _read_config(run: Path) -> Any:
+    file = run / CONFIG_FILE
     if not file.is_file():
         raise ConfigError(f"{file}: no such file: give the folder of a run that has been trained")
-    weights = read_median(parent / MEDIAN_FILE)
-    saved = OmegaConf.load(file)
-    cfg = load(file)
+    return OmegaConf.load(file)
+
+
+def _child(parent: Path, load: Callable[[Path], DictConfig], suffix: str) -> DictConfig:
+    """A run's configuration for another run beside it."""
+    saved = _read_config(parent)
+    cfg = load(parent / CONFIG_FILE)
     OmegaConf.set_struct(cfg, False)
     if cfg.name == saved.name:
-        cfg.name = f"{parent.resolve().name}_tuned"
+        cfg.name = f"{parent.resolve().name}_{suffix}"
     if OmegaConf.select(cfg, "checkpoint.dir") == OmegaConf.select(saved, "checkpoint.dir"):
         OmegaConf.update(cfg, "checkpoint.dir", str(parent.parent), force_add=True)
-    cfg.method = "grap_all4one"
-    cfg.weighting = {"name": "fixed", "weights": weights}
     cfg.resume_from_checkpoint = None
-    return pretrain(cfg)
+    return cfg
 
 
 class WeightsProgressBar(TQDMProgressBar):
@@ -224,6 +294,30 @@ def _check_directory(cfg: DictConfig, directory: Path) -> None:
             raise ConfigError(f"{key}: it is of a run with {terms} terms")
         if taken and directory.resolve() not in Path(checkpoint).resolve().parents:
             raise ConfigError(f"{key}: it is not of the run in {directory}: give another name")
+
+
+def _load_backbone(model: GrapAll4One, path: Path) -> None:
+    """Starts the backbone and its momentum copy where a checkpoint of the same backbone is.
+
+    Raises:
+        ConfigError: not such a checkpoint.
+    """
+    key = f"pretrained_feature_extractor: {path}"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: no such file: give a run's checkpoint") from None
+    except Exception:
+        raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
+    prefix = "backbone."
+    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    try:
+        model.backbone.load_state_dict(backbone)
+        model.momentum_backbone.load_state_dict(backbone)
+    except RuntimeError:
+        raise ConfigError(
+            f"{key}: its backbone is not a {model.cfg.backbone.name}: give backbone.name as it was"
+        ) from None
 
 
 def _make_directory(directory: Path) -> None:
@@ -315,7 +409,8 @@ def _is_first_process() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
-def _no_validation(cfg: DictConfig) -> bool:
+def no_validation(cfg: DictConfig) -> bool:
+    """Whether a run has no labelled images to validate on."""
     return cfg.data.dataset != "digits" and (cfg.data.no_labels or cfg.data.val_path is None)
 
 

@@ -15,16 +15,58 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from grap_solo.errors import ConfigError
+from grap_solo.weighting import CAUSES
 
 WEIGHTS_FILE = "weights.csv"
 MEDIAN_FILE = "median_weights.yaml"
+DIAGNOSTICS_FILE = "diagnostics.csv"
+
+
+class _Table:
+    """A CSV file of one row for each optimiser step, whose numbers wait on the device.
+
+    Args:
+        path: the file.
+        columns: its header, after ``step,epoch``.
+        kept: the last step whose rows, written by an earlier part of the run, stay.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], kept: int) -> None:
+        self.path = path
+        self.waiting: list[tuple[int, int, Tensor]] = []
+        rows: list[list[str]] = []
+        if kept and path.exists():
+            with path.open(newline="") as lines:
+                rows = [row for row in list(csv.reader(lines))[1:] if int(row[0]) <= kept]
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "epoch", *columns])
+            writer.writerows(rows)
+
+    def flush(self, last: Sequence[str] = ()) -> None:
+        """Appends the rows that wait: one transfer from the device for all of them.
+
+        Args:
+            last: the texts of which the last column is an index; none for a table of numbers.
+        """
+        if not self.waiting:
+            return
+        numbers = torch.stack([row[2] for row in self.waiting]).double().cpu().tolist()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            for (step, epoch, _), values in zip(self.waiting, numbers, strict=True):
+                texts = [last[int(values.pop())]] if last else []
+                writer.writerow([step, epoch, *(f"{value:.9g}" for value in values), *texts])
+        self.waiting.clear()
 
 
 class TrajectoryRecorder(Callback):
     """Writes ``weights.csv`` while a method trains, and ``median_weights.yaml`` at its end.
 
     A row is written for each optimiser step: ``step,epoch`` and a column of effective weights for
-    each term. Rows stay on the device until the epoch ends, so that recording costs no
+    each term. A weighting that needs gradients gets ``diagnostics.csv`` too, with the columns of
+    :func:`~grap_solo.diagnostics.diagnostic_names` and ``skipped``, why a step was not learned
+    from. Rows stay on the device until the epoch ends, so that recording costs no
     synchronisation. A resumed run drops the rows that it is about to write again.
 
     Args:
@@ -34,11 +76,12 @@ class TrajectoryRecorder(Callback):
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         self.directory = None if directory is None else Path(directory)
-        self.rows: list[tuple[int, int, Tensor]] = []
-        self.last_step = 0
+        self.weights: _Table | None = None
+        self.diagnostics: _Table | None = None
+        self.last_step = self.resumed_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.last_step = trainer.global_step
+        self.last_step = self.resumed_at = trainer.global_step
         if not trainer.is_global_zero:
             return
         if self.directory is None:
@@ -47,39 +90,36 @@ class TrajectoryRecorder(Callback):
             self.directory = Path(given)
         self.directory.mkdir(parents=True, exist_ok=True)
         terms = pl_module.weighting.terms
-        kept: list[list[Any]] = []
-        if self.last_step and self.file.exists():
-            with self.file.open(newline="") as lines:
-                kept = list(csv.reader(lines))[1:]
-        with self.file.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", "epoch", *terms])
-            writer.writerows(row for row in kept if int(row[0]) <= self.last_step)
-
-    @property
-    def file(self) -> Path:
-        assert self.directory is not None
-        return self.directory / WEIGHTS_FILE
+        self.weights = _Table(self.directory / WEIGHTS_FILE, terms, self.resumed_at)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
     ) -> None:
-        if trainer.global_step > self.last_step and trainer.is_global_zero:
-            row = (
-                trainer.global_step,
-                trainer.current_epoch,
-                pl_module.effective_weights,
-            )
-            self.rows.append(row)
-        self.last_step = trainer.global_step
+        step, epoch = trainer.global_step, trainer.current_epoch
+        if step > self.last_step and self.weights is not None:
+            self.weights.waiting.append((step, epoch, pl_module.effective_weights))
+            if pl_module.diagnostics:
+                self._record_diagnostics(step, epoch, pl_module)
+        self.last_step = step
+
+    def _record_diagnostics(self, step: int, epoch: int, pl_module: Any) -> None:
+        found = pl_module.diagnostics
+        if self.diagnostics is None:
+            assert self.directory is not None
+            path = self.directory / DIAGNOSTICS_FILE
+            self.diagnostics = _Table(path, [*found, "skipped"], self.resumed_at)
+        values = torch.stack(list(found.values()))
+        cause = pl_module.weighting.cause
+        cause = values.new_zeros(1) if cause is None else cause.to(values)[None]
+        self.diagnostics.waiting.append((step, epoch, torch.cat([values, cause])))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._flush()
-        if trainer.is_global_zero and trainer.global_step:
-            write_median(self.file, pl_module.weighting.warmup_epochs)
+        if self.weights is not None and trainer.global_step:
+            write_median(self.weights.path, pl_module.weighting.warmup_epochs)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -87,15 +127,10 @@ class TrajectoryRecorder(Callback):
         self._flush()
 
     def _flush(self) -> None:
-        """Appends the rows that wait: one transfer from the device for all of them."""
-        if not self.rows:
-            return
-        weights = torch.stack([row[2] for row in self.rows]).double().cpu().tolist()
-        with self.file.open("a", newline="") as file:
-            writer = csv.writer(file)
-            for (step, epoch, _), values in zip(self.rows, weights, strict=True):
-                writer.writerow([step, epoch, *(f"{value:.9g}" for value in values)])
-        self.rows.clear()
+        if self.weights is not None:
+            self.weights.flush()
+        if self.diagnostics is not None:
+            self.diagnostics.flush(last=CAUSES)
 
 
 def read_weights(
@@ -130,10 +165,56 @@ def median_weights(path: str | os.PathLike[str], warmup_epochs: int = 0) -> dict
     Raises:
         ConfigError: see :func:`read_weights`.
     """
-    terms, steps, weights = read_weights(path)
-    learned = weights[steps[:, 1] >= warmup_epochs]
-    median = np.median(learned if len(learned) else weights, axis=0)
-    return {term: float(f"{value:.6g}") for term, value in zip(terms, median, strict=True)}
+    return pooled_weights([path], [warmup_epochs])
+
+
+def pooled_weights(
+    paths: Sequence[str | os.PathLike[str]],
+    warmup_epochs: Sequence[int],
+    epochs: tuple[int, int] | None = None,
+    last: int | None = None,
+) -> dict[str, float]:
+    """One weight of each term from the effective weights of one or several runs' steps.
+
+    Args:
+        paths: the runs' ``weights.csv``.
+        warmup_epochs: each run's leading epochs to leave out, unless ``epochs`` is given.
+        epochs: the first and last epoch, counted from 0, whose steps' median to take.
+        last: take the mean of so many last steps of each run instead of the median.
+
+    Returns:
+        The median, or mean, over the chosen steps of all runs together.
+
+    Raises:
+        ConfigError: see :func:`read_weights`; runs with other terms, no step in the range, or
+            both ``epochs`` and ``last``.
+    """
+    if epochs is not None and last is not None:
+        raise ConfigError("retrain: epochs and the last steps are two choices: give one")
+    chosen = []
+    first_terms: list[str] = []
+    for path, warmup in zip(paths, warmup_epochs, strict=True):
+        terms, steps, weights = read_weights(path)
+        first_terms = first_terms or terms
+        if terms != first_terms:
+            raise ConfigError(
+                f"{path}: its terms are {', '.join(terms)}, the first run's "
+                f"{', '.join(first_terms)}: give runs of the same terms"
+            )
+        epoch = steps[:, 1]
+        if epochs is not None:
+            weights = weights[(epoch >= epochs[0]) & (epoch <= epochs[1])]
+        elif last is not None:
+            weights = weights[-last:]
+        elif (epoch >= warmup).any():
+            weights = weights[epoch >= warmup]
+        chosen.append(weights)
+    rows = np.concatenate(chosen)
+    if not len(rows):
+        assert epochs is not None
+        raise ConfigError(f"retrain: no step in the epochs {epochs[0]} to {epochs[1]}: give others")
+    pooled = np.median(rows, axis=0) if last is None else rows.mean(axis=0)
+    return {term: float(f"{value:.6g}") for term, value in zip(first_terms, pooled, strict=True)}
 
 
 def write_median(path: Path, warmup_epochs: int) -> None:

@@ -227,7 +227,7 @@ def test_resume_goes_on_from_the_checkpoint_and_loses_nothing(tmp_path, monkeypa
     assert (directory / "metrics.part1.csv").stat().st_size > 0
     assert "resume_from_checkpoint" not in (directory / "config.yaml").read_text()
 
-    retrained = retrain(directory, lambda path: OmegaConf.load(path))
+    retrained = retrain([directory], lambda path: OmegaConf.load(path))
     assert retrained.directory.name == "grap-digits_tuned"
     other = digits("grap", tmp_path / "other")
     pretrain(other)

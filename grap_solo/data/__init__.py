@@ -15,7 +15,14 @@ from grap_solo.data.augmentations import (
     build_views,
     count_crops,
 )
-from grap_solo.data.datasets import DATASETS, FORMATS, NUM_CLASSES, Images, load_images
+from grap_solo.data.datasets import (
+    DATASETS,
+    FORMATS,
+    NUM_CLASSES,
+    Images,
+    load_images,
+    split_labels,
+)
 from grap_solo.errors import ConfigError
 
 __all__ = [
@@ -24,9 +31,11 @@ __all__ = [
     "NUM_CLASSES",
     "count_crops",
     "evaluation_loader",
+    "labelled_loader",
     "load_images",
     "pretrain_loader",
     "resolve_num_classes",
+    "split_labels",
 ]
 
 
@@ -76,6 +85,13 @@ def pretrain_loader(cfg: DictConfig, images: Images, together: int) -> DataLoade
         )
     dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
     return _loader(cfg, dataset, shuffle=True, drop_last=True)
+
+
+def labelled_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:
+    """Shuffled batches of views of held-out images, as :func:`pretrain_loader` gives them."""
+    dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
+    whole = len(images) >= cfg.optimizer.batch_size
+    return _loader(cfg, dataset, shuffle=True, drop_last=whole)
 
 
 def evaluation_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:

@@ -144,6 +144,23 @@ class Unlabelled(Images):
         return self.dataset[index][0], -1
 
 
+class PartlyLabelled(Images):
+    """A dataset of whose labels only some are kept.
+
+    Args:
+        dataset: the dataset.
+        kept: the indexes of the images that keep theirs.
+    """
+
+    def __init__(self, dataset: Images, kept: np.ndarray) -> None:
+        self.dataset, self.classes = dataset, dataset.classes
+        self.targets = np.full(len(dataset), -1)
+        self.targets[kept] = dataset.targets[kept]
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[index][0], int(self.targets[index])
+
+
 class Part(Images):
     """Some of a dataset's images.
 
@@ -159,6 +176,45 @@ class Part(Images):
 
     def __getitem__(self, index: int) -> Sample:
         return self.dataset[int(self.kept[index])]
+
+
+def split_labels(
+    images: Images, fraction: float, held_out: bool, seed: int
+) -> tuple[Images, Images | None, np.ndarray | None]:
+    """The images to pretrain on, those held out with their labels, and which ones are labelled.
+
+    Args:
+        images: all training images.
+        fraction: of the labelled images, those that keep their label, drawn in equal proportion
+            from each class.
+        held_out: keep the labelled ones out of the first part, whose labels are all left out.
+        seed: of the draw.
+
+    Returns:
+        The pretraining images; the held-out ones, None unless ``held_out``; and the indexes of
+        the images that keep their labels, shape (N,), None where all do.
+
+    Raises:
+        ConfigError: there are no labels, or too few for every class.
+    """
+    if fraction == 1 and not held_out:
+        return images, None, None
+    labelled = np.flatnonzero(images.targets >= 0)
+    kept = labelled
+    if fraction < 1:
+        try:
+            kept, _ = train_test_split(
+                labelled, train_size=fraction, stratify=images.targets[labelled], random_state=seed
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"labels.fraction: {fraction} of {len(labelled)} labelled images: {error}"
+            ) from None
+    kept = np.sort(kept)
+    if not held_out:
+        return PartlyLabelled(images, kept), None, kept
+    rest = np.setdiff1d(np.arange(len(images)), kept)
+    return Unlabelled(Part(images, rest)), Part(images, kept), kept
 
 
 def load_images(config: DictConfig, train: bool) -> Images:

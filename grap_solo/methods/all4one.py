@@ -25,7 +25,7 @@ from grap_solo.methods.losses import Views, contrast, correlation_losses, gather
 from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.solo import All4One, register_backbone
 from grap_solo.trajectory import TrajectoryRecorder
-from grap_solo.weighting import build_weighting
+from grap_solo.weighting import CAUSES, build_weighting
 
 REFERENCE = {"nnclr": 0.5, "attn_nnclr": 0.5, "byol": 2.5, "barlow": 2.5}
 """The weights with which All4One adds its terms up."""
@@ -359,6 +359,13 @@ class GrapAll4One(All4One):
         for name in names if self.diagnostics else ():
             weighting[name] = self.diagnostics[name].nan_to_num()
         self.log_dict(weighting)
+        if step.gradients and self.weighting.cause is not None:
+            skipped = {
+                f"skipped/{cause.replace(' ', '_')}": (self.weighting.cause == index).float()
+                for index, cause in enumerate(CAUSES)
+                if cause
+            }
+            self.log_dict(skipped, on_step=False, on_epoch=True)
 
     # ---- what the base calls ----------------------------------------------------------------
 
@@ -396,17 +403,21 @@ class GrapAll4One(All4One):
         self.queue_ptr.add_(len(z)).remainder_(size)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Gives the losses after the step to a weighting that asks for them."""
-        if self._losses_again is not None and self.trainer.global_step > self.last_step:
-            with (
-                torch.no_grad(),
-                frozen_statistics(self),
-                self.trainer.precision_plugin.forward_context(),
-            ):
-                losses = self._losses_again()
-            values = torch.stack([losses[term] for term in self.weighting.terms])
-            self.weighting.after_step(gather(values[None]).mean(dim=0))
+        """Lets the weighting learn from a step, once for each of the optimiser's."""
+        if self.trainer.global_step > self.last_step:
+            with self.trainer.precision_plugin.forward_context():
+                self.update_weighting_after_step()
         super().on_train_batch_end(outputs, batch, batch_idx)
+
+    @torch.no_grad()
+    def update_weighting_after_step(self) -> None:
+        """Gives the last batch's losses, computed again, to a weighting that asks for them."""
+        if self._losses_again is None:
+            return
+        with frozen_statistics(self):
+            losses = self._losses_again()
+        values = torch.stack([losses[term] for term in self.weighting.terms])
+        self.weighting.after_step(gather(values[None]).mean(dim=0))
 
     def on_train_epoch_end(self) -> None:
         self.weighting.end_epoch()

@@ -1,0 +1,48 @@
+"""Files that are whole or not there, and folders that one command writes to at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grap_solo.errors import ConfigError
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    waiting = path.with_name(path.name + ".new")
+    waiting.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(waiting, path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is not there or is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def only_one(directory: Path) -> Iterator[None]:
+    """Keeps a second command from writing to a folder.
+
+    It is a record lock, which the processes that this one starts do not inherit: it ends with
+    this process, however that ends.
+
+    Raises:
+        ConfigError: there is one already.
+    """
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"{directory}: another command is writing there: wait, or give another folder"
+            ) from None
+        yield
