@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grap_solo.distributed import world_size
 from grap_solo.errors import ConfigError
 from grap_solo.weighting.base import Statistics, Weighting
 
@@ -159,46 +160,11 @@ def balance(
         raise ConfigError("held_out: the downstream loss trains the backbone: leave it out")
     if shared is not None:
         shared.reset()
-    rows: Rows = ()
-    if not weighting.needs_gradients:
-        losses = _in_order(terms(*views), weighting, views[0])
-        part = weighting.downstream_weight
-        down = downstream(
-            *(_scaled_gradient(each, lambda: part) if part else each.detach() for each in labelled)
-        )
-        statistics = _statistics(weighting, losses)
-        weights = weighting(statistics)
-        loss = sum(w * each for w, each in zip(weights, losses, strict=True)) + down
+    if weighting.needs_gradients:
+        parts = _from_gradients(views, labelled, terms, downstream, weighting, shared, held_out)
     else:
-        leaves = tuple(view.detach().requires_grad_() for view in views)
-        losses = _in_order(terms(*leaves), weighting, views[0])
-        if held_out is None:
-            seen_leaves, seen = leaves, losses
-        else:
-            seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
-            seen = _in_order(held_out.terms(*seen_leaves), weighting, views[0])
-        down = downstream(*seen_leaves)
-        with torch.autocast(views[0].device.type, enabled=False):
-            rows = tuple(_gradient(each, leaves) for each in losses)
-            target = _gradient(down, seen_leaves)
-            if held_out is None:
-                statistics = _statistics(weighting, losses, rows, target)
-                weights = weighting(statistics)
-            else:
-                seen_rows = tuple(_gradient(each, seen_leaves) for each in seen)
-                statistics = _statistics(weighting, seen, seen_rows, target)
-                weights = weighting(_statistics(weighting, losses, rows), statistics)
-            heads = weighting.head_weights(weights)
-            loss = sum(h * each for h, each in zip(heads, losses, strict=True)) + down
-            for view, *gradients, down_row in zip(views, *rows, target, strict=True):
-                composite = torch.tensordot(
-                    weights.to(gradients[0].dtype), torch.stack(gradients), 1
-                )
-                if weighting.downstream_weight:
-                    composite = composite + weighting.downstream_weight * down_row
-                loss = loss + (view.to(composite.dtype) * composite).sum()
-        if shared is not None and weighting.shared_heads == "weights":
-            shared.reset((weights / heads).nan_to_num(posinf=0.0))
+        parts = _plain(views, labelled, terms, downstream, weighting)
+    loss, losses, down, weights, statistics, rows = parts
     extra = weighting.extra_loss(statistics.losses)
     return Step(
         loss=loss if extra is None else loss + extra,
@@ -212,6 +178,68 @@ def balance(
         statistics=statistics,
         gradients=rows,
     )
+
+
+Parts = tuple[Tensor, list[Tensor], Tensor, Tensor, Statistics, Rows]
+"""Loss, losses, downstream loss, effective weights, statistics, gradients."""
+
+
+def _plain(
+    views: Sequence[Tensor],
+    labelled: Sequence[Tensor],
+    terms: Callable[..., Mapping[str, Tensor]],
+    downstream: Callable[..., Tensor],
+    weighting: Weighting,
+) -> Parts:
+    """``sum_k e_k L_k(z) + L_down(z')``."""
+    losses = _in_order(terms(*views), weighting, views[0])
+    part = weighting.downstream_weight
+    down = downstream(
+        *(_scaled_gradient(each, lambda: part) if part else each.detach() for each in labelled)
+    )
+    statistics = _statistics(weighting, losses)
+    weights = weighting(statistics)
+    loss = sum(w * each for w, each in zip(weights, losses, strict=True)) + down
+    return loss, losses, down, weights, statistics, ()
+
+
+def _from_gradients(
+    views: Sequence[Tensor],
+    labelled: Sequence[Tensor],
+    terms: Callable[..., Mapping[str, Tensor]],
+    downstream: Callable[..., Tensor],
+    weighting: Weighting,
+    shared: SharedHead | None,
+    held_out: HeldOut | None,
+) -> Parts:
+    """``<z, e^T G> + sum_k h_k L_k(z') + L_down(z')``."""
+    leaves = tuple(view.detach().requires_grad_() for view in views)
+    losses = _in_order(terms(*leaves), weighting, views[0])
+    seen_leaves, seen = leaves, losses
+    if held_out is not None:
+        seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
+        seen = _in_order(held_out.terms(*seen_leaves), weighting, views[0])
+    down = downstream(*seen_leaves)
+    with torch.autocast(views[0].device.type, enabled=False):
+        rows = tuple(_gradient(each, leaves) for each in losses)
+        target = _gradient(down, seen_leaves)
+        if held_out is None:
+            statistics = _statistics(weighting, losses, rows, target)
+            weights = weighting(statistics)
+        else:
+            seen_rows = tuple(_gradient(each, seen_leaves) for each in seen)
+            statistics = _statistics(weighting, seen, seen_rows, target)
+            weights = weighting(_statistics(weighting, losses, rows), statistics)
+        heads = weighting.head_weights(weights)
+        loss = sum(h * each for h, each in zip(heads, losses, strict=True)) + down
+        for view, *gradients, down_row in zip(views, *rows, target, strict=True):
+            composite = torch.tensordot(weights.to(gradients[0].dtype), torch.stack(gradients), 1)
+            if weighting.downstream_weight:
+                composite = composite + weighting.downstream_weight * down_row
+            loss = loss + (view.to(composite.dtype) * composite).sum()
+    if shared is not None and weighting.shared_heads == "weights":
+        shared.reset((weights / heads).nan_to_num(posinf=0.0))
+    return loss, losses, down, weights, statistics, rows
 
 
 def _in_order(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) -> list[Tensor]:
@@ -260,7 +288,7 @@ def _statistics(
             pairs = zip(matrices, targets, strict=True)
             parts.append(torch.stack([each @ target for each, target in pairs]).sum(0))
             parts.append(torch.stack([each @ each for each in targets]).sum(0))
-    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    size = world_size()
     shared = [each / size**2 for each in parts] + [values / size] * weighting.uses_losses
     if size > 1 and shared:
         flat = torch.cat([each.flatten() for each in shared])

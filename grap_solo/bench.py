@@ -12,6 +12,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import Tensor
 
+from grap_solo.evaluate import device_of
 from grap_solo.methods import GrapAll4One
 
 
@@ -21,10 +22,13 @@ class _Contender:
     def __init__(self, cfg: DictConfig, batch: list[Any], device: torch.device) -> None:
         seed_everything(cfg.seed, verbose=False)
         self.model = GrapAll4One(cfg).to(device).train()
+        self.model.parameter_space_every = 0  # Without a trainer every step is the first.
         self.model.log = self.model.log_dict = lambda *args, **kwargs: None
         parameters = [each for each in self.model.parameters() if each.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4)
-        self.batch, self.device = batch, device
+        held_out = cfg.labels.split == "held_out"
+        self.batch: Any = {"train": batch, "labelled": batch} if held_out else batch
+        self.device = device
 
     def seconds(self) -> float:
         """One step: forward, backward, a plain SGD update, the momentum update."""
@@ -34,9 +38,8 @@ class _Contender:
         self.model.training_step(self.batch, 0).backward()
         self.optimizer.step()
         self.model.update_weighting_after_step()
-        if self.model.weighting.active:
-            for pair in self.model.momentum_pairs:
-                self.model.momentum_updater.update(*pair)
+        for pair in self.model.momentum_pairs:
+            self.model.momentum_updater.update(*pair)
         self._wait()
         return time.perf_counter() - start
 
@@ -50,8 +53,8 @@ def step_costs(
 ) -> dict[str, dict[str, float]]:
     """Each configuration's time of a step by that of ``base``, in turns on one random batch.
 
-    A step is forward, backward, a plain SGD update and the momentum update; loading data and
-    LARS, which are the same for all, are left out.
+    A step is forward, backward, a plain SGD update and the momentum update, in float32; loading
+    data and LARS, which are the same for all, are left out.
 
     Args:
         configs: prepared configurations, ``data.num_classes`` included, by name.
@@ -64,9 +67,7 @@ def step_costs(
         time of a step in milliseconds.
     """
     cfg = configs[base]
-    device = torch.device(
-        "cpu" if cfg.accelerator == "cpu" else torch.accelerator.current_accelerator() or "cpu"
-    )
+    device = device_of(cfg)
     size, count = cfg.augmentations[0].crop_size, cfg.optimizer.batch_size
     generator = torch.Generator().manual_seed(cfg.seed)
     views = [torch.randn(count, 3, size, size, generator=generator).to(device) for _ in range(2)]

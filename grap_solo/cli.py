@@ -1,4 +1,4 @@
-"""The command line: ``grap-solo pretrain``, ``retrain`` and ``demo``."""
+"""The command line: one function for each of ``grap-solo``'s commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -95,14 +94,10 @@ def _pretrain(arguments: list[str]) -> None:
 
     def job(cfg: DictConfig) -> None:
         sys.argv = started  # With which Lightning starts the processes of further devices.
-        failed = 1
         try:
             pretrain(cfg)
-            failed = 0
         except (ConfigError, OmegaConfBaseException) as error:
             refused.append(error)  # Raised below: hydra would print lines of its own.
-        finally:
-            _end_wandb(failed)
 
     for i, argument in enumerate(list(arguments)):
         flag, equals, value = argument.partition("=")
@@ -124,14 +119,6 @@ def _pretrain(arguments: list[str]) -> None:
         print(f"grap-solo: {' '.join(str(error).split())}", file=sys.stderr)
     if refused:
         raise refused[-1]
-
-
-def _end_wandb(exit_code: int) -> None:
-    """Ends W&B's run, if there is one: a multirun's next job would go on in it."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        with suppress(Exception):  # Whatever it is, the next job matters more.
-            wandb.finish(exit_code)
 
 
 def _retrain(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,20 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.bench import step_costs
-from grap_solo.config import prepare, run_dir
+from grap_solo.config import images_per_step, prepare, run_dir
 from grap_solo.data import evaluation_loader, load_images, resolve_num_classes
 from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.evaluate import evaluate
+from grap_solo.evaluate import device_of, evaluate
 from grap_solo.files import only_one, read_json, write_json
+from grap_solo.methods import GrapAll4One
 from grap_solo.report import report
 from grap_solo.summary import BASE, table_of_methods, table_of_runs, write_summary
-from grap_solo.train import CONFIG_FILE, newest_checkpoint, pretrain
+from grap_solo.train import CONFIG_FILE, newest_checkpoint, no_validation, pretrain
 from grap_solo.trajectory import WEIGHTS_FILE, median_weights
 from grap_solo.weighting import WEIGHTINGS
 
 RESULT_FILE = "result.json"
+TRAINED_FILE = "trained.json"
 FAILURE_FILE = "failure.json"
 COST_FILE = "cost.json"
 CHILDREN = ("_tuned", "_finetuned")
@@ -95,11 +97,14 @@ def compare(
             _check(cell)
         start = time.monotonic()
         _run_all(cells, directory, processes)
-        costs = _costs(cells, directory)
         results = [read_json(c.directory / RESULT_FILE) or _failure(c, directory) for c in cells]
         runs = table_of_runs(results)
         rows = [each for each in dict.fromkeys(methods)]
         notes = _notes(cells, runs, time.monotonic() - start)
+        costs = read_json(directory / COST_FILE) or {}
+        # Once before what may yet fail.
+        write_summary(directory, runs, table_of_methods(runs, rows, costs), notes)
+        costs = _costs(cells, directory)
         text = write_summary(directory, runs, table_of_methods(runs, rows, costs), notes)
         if any((cell.directory / RESULT_FILE).exists() for cell in cells):
             report([directory], directory)
@@ -126,6 +131,13 @@ def plan(
     for seed in seeds:
         if type(seed) is not int or seed < 0:
             raise ConfigError(f"seeds: expected whole numbers of 0 or more, got {seed!r}")
+    if not isinstance(definitions, Mapping):
+        raise ConfigError(f"definitions: expected a block for each name, got {definitions!r}")
+    for name in definitions:
+        if "/" in str(name):
+            raise ConfigError(
+                f"definitions: '{name}' is to be part of a file's name: leave out '/'"
+            )
     wanted: dict[str, None] = {}
     for method in methods:
         root, _ = _root(str(method), definitions)
@@ -139,11 +151,33 @@ def plan(
             parent = None
             if suffix is not None:
                 parent = run_dir(mine)
-                mine.weighting = {"name": "supervised" if suffix == "_finetuned" else "fixed"}
+                mine.weighting = {"name": "fixed"}
+                if suffix == "_finetuned":
+                    mine.weighting = {"name": "supervised"}
+                    OmegaConf.update(mine, "labels.split", "train", force_add=True)
             mine.name = f"{method}-seed{seed}"
-            prepare(mine)
+            _check_configuration(mine)
             cells.append(Cell(method, seed, mine, parent))
     return cells
+
+
+def _check_configuration(mine: DictConfig) -> None:
+    """Whether a run can be trained and evaluated here.
+
+    Raises:
+        ConfigError: no labelled validation images, several devices, or what ``prepare`` refuses.
+    """
+    cfg = prepare(mine)
+    if no_validation(cfg):
+        raise ConfigError(
+            "data.val_path: a comparison evaluates on labelled validation images: give some, and "
+            "leave out data.no_labels"
+        )
+    if images_per_step(cfg) != cfg.optimizer.batch_size:
+        raise ConfigError(
+            "devices: a comparison trains each run on one device: set devices=1, num_nodes=1, and "
+            "optimizer.batch_size to the images of a step"
+        )
 
 
 def _root(method: str, definitions: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -152,10 +186,13 @@ def _root(method: str, definitions: Mapping[str, Any]) -> tuple[str, str | None]
         return method, None
     for suffix in CHILDREN:
         root = method.removesuffix(suffix)
+        if root == "supervised":
+            continue  # Its weights are all 0, and its backbone has had the labels.
         if root != method and (root in definitions or root in WEIGHTINGS):
             return root, suffix
     names = {*definitions, *WEIGHTINGS}
-    raise unknown_name("methods", method, {*names, *(f"{n}{s}" for n in names for s in CHILDREN)})
+    children = {f"{name}{suffix}" for name in names - {"supervised"} for suffix in CHILDREN}
+    raise unknown_name("methods", method, names | children)
 
 
 def _configuration(
@@ -180,11 +217,15 @@ def _configuration(
 
 
 def _check(cell: Cell) -> None:
-    """Whether what lies in the run's folder is this run.
+    """Whether what lies in the run's folder is this run, begun by a comparison.
 
     Raises:
-        ConfigError: it is another.
+        ConfigError: it is another, or something else.
     """
+    if cell.directory.exists() and not _log(cell).exists():
+        raise ConfigError(
+            f"name: {cell.directory} is there, but not from a comparison: give another name"
+        )
     file = cell.directory / CONFIG_FILE
     if not file.exists():
         return
@@ -228,9 +269,9 @@ def _run(
     """Each cell with the reason of its failure, in the order in which they end."""
     if processes == 1:
         for cell in cells:
-            yield cell, _attempt(cell, directory)
+            yield cell, _attempt(cell)
         return
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, torch.get_num_threads() // processes)
     local = threading.local()
 
     def attempt(cell: Cell) -> str | None:
@@ -240,11 +281,11 @@ def _run(
                 1, get_context("spawn"), _start_worker, (os.getpid(), threads)
             )
         try:
-            reason: str | None = local.pool.submit(_attempt, cell, directory).result()
+            reason: str | None = local.pool.submit(_attempt, cell).result()
         except BrokenProcessPool:
             local.pool = None
             reason = "its process died (out of memory?)"
-            write_json(directory / "logs" / f"{cell.cfg.name}.{FAILURE_FILE}", {"reason": reason})
+            write_json(_log(cell).with_suffix(f".{FAILURE_FILE}"), {"reason": reason})
         return reason
 
     with ThreadPoolExecutor(processes) as pool:
@@ -270,13 +311,17 @@ def _start_worker(parent: int, threads: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _attempt(cell: Cell, directory: Path) -> str | None:
+def _log(cell: Cell) -> Path:
+    return cell.directory.parent / "logs" / f"{cell.cfg.name}.log"
+
+
+def _attempt(cell: Cell) -> str | None:
     """Trains and evaluates a cell, its output in a log; the reason if that fails."""
-    log = directory / "logs" / f"{cell.cfg.name}.log"
+    log = _log(cell)
     failure = log.with_suffix(f".{FAILURE_FILE}")
     try:
         with (
-            log.open("w") as file,
+            log.open("a") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
@@ -292,43 +337,56 @@ def _attempt(cell: Cell, directory: Path) -> str | None:
 
 
 def _train_and_evaluate(cell: Cell) -> None:
-    if cell.directory.exists():
-        shutil.rmtree(cell.directory)  # An earlier attempt at this very run, cut short.
-    cfg: Any = OmegaConf.create(OmegaConf.to_container(cell.cfg))
-    if cell.parent is not None:
-        if not (cell.parent / RESULT_FILE).exists():
-            raise ConfigError(f"the run that it starts from, {cell.parent.name}, has failed")
-        if cfg.weighting.name == "supervised":
-            cfg.pretrained_feature_extractor = str(newest_checkpoint(cell.parent))
-        else:
-            parent = OmegaConf.load(cell.parent / CONFIG_FILE)
-            warmup = OmegaConf.select(parent, "weighting.warmup_epochs", default=0)
-            cfg.weighting.weights = median_weights(cell.parent / WEIGHTS_FILE, warmup)
-            cfg.tuned_from = {"runs": [str(cell.parent)], "epochs": None, "last": None}
-    start = time.monotonic()
-    run = pretrain(cfg)
-    seconds = time.monotonic() - start
-    train, validation = (load_images(run.cfg.data, train=part) for part in (True, False))
+    """Trains, unless that has been done; evaluates; and writes down what came of both."""
+    trained = read_json(cell.directory / TRAINED_FILE)
+    if trained is None:
+        if cell.directory.exists():
+            shutil.rmtree(cell.directory)  # An earlier attempt at this very run, cut short.
+        start = time.monotonic()
+        run = pretrain(_with_parent(cell))
+        model, cfg = run.model, run.cfg
+        trained = {"online": run.accuracy, "seconds": time.monotonic() - start}
+        if cfg.checkpoint.enabled:
+            write_json(cell.directory / TRAINED_FILE, trained)
+    else:
+        cfg = _prepared(cell)
+        state = torch.load(newest_checkpoint(cell.directory), "cpu", weights_only=True)
+        model = GrapAll4One(cfg)
+        model.load_state_dict(state["state_dict"])
+        if not cfg.performance.disable_channel_last:
+            model = model.to(memory_format=torch.channels_last)  # As it was trained, to the bit.
+    train, validation = (load_images(cfg.data, train=part) for part in (True, False))
     found = evaluate(
-        run.model.backbone,
-        evaluation_loader(run.cfg, train),
-        evaluation_loader(run.cfg, validation),
-        run.model.device,
+        model.backbone,
+        evaluation_loader(cfg, train),
+        evaluation_loader(cfg, validation),
+        device_of(cfg),
     )
-    warmup = run.model.weighting.warmup_epochs
-    write_json(
-        cell.directory / RESULT_FILE,
-        {
-            "method": cell.method,
-            "seed": cell.seed,
-            "online": run.accuracy,
-            "linear": found.linear,
-            "knn": found.knn,
-            "rankme": found.rankme,
-            "weights": median_weights(cell.directory / WEIGHTS_FILE, warmup),
-            "seconds": seconds,
-        },
-    )
+    warmup = model.weighting.warmup_epochs
+    result = {"method": cell.method, "seed": cell.seed, **trained, **asdict(found)}
+    result["weights"] = median_weights(cell.directory / WEIGHTS_FILE, warmup)
+    write_json(cell.directory / RESULT_FILE, result)
+
+
+def _with_parent(cell: Cell) -> DictConfig:
+    """The cell's configuration with what its parent's run gives.
+
+    Raises:
+        ConfigError: the parent has no finished run.
+    """
+    cfg: Any = OmegaConf.create(OmegaConf.to_container(cell.cfg))
+    if cell.parent is None:
+        return cfg
+    if not (cell.parent / RESULT_FILE).exists():
+        raise ConfigError(f"the run that it starts from, {cell.parent.name}, has failed")
+    if cfg.weighting.name == "supervised":
+        cfg.pretrained_feature_extractor = str(newest_checkpoint(cell.parent))
+    else:
+        parent = OmegaConf.load(cell.parent / CONFIG_FILE)
+        warmup = OmegaConf.select(parent, "weighting.warmup_epochs", default=0)
+        cfg.weighting.weights = median_weights(cell.parent / WEIGHTS_FILE, warmup)
+        cfg.tuned_from = {"runs": [str(cell.parent)], "epochs": None, "last": None}
+    return cfg
 
 
 def _failure(cell: Cell, directory: Path) -> dict[str, Any]:
@@ -342,8 +400,8 @@ def _failure(cell: Cell, directory: Path) -> dict[str, Any]:
 
 
 def _costs(cells: Sequence[Cell], directory: Path) -> dict[str, dict[str, float]]:
-    """The cost of each method's training by that of ``fixed``: its step's time, and its parent's
-    on top. Measured once for the methods that have a finished run, and kept."""
+    """The cost of each method's training by that of ``fixed``: its step's time and its epochs, and
+    its parent's on top. Measured once for the methods that have a finished run, and kept."""
     first: dict[str, Cell] = {}
     for cell in cells:
         if (cell.directory / RESULT_FILE).exists():
@@ -351,23 +409,26 @@ def _costs(cells: Sequence[Cell], directory: Path) -> dict[str, dict[str, float]
     file = directory / COST_FILE
     known = read_json(file) or {}
     if BASE in first and not set(first) <= set(known):
-        configs = {method: _measurable(cell) for method, cell in first.items()}
+        configs = {method: _prepared(cell) for method, cell in first.items()}
         steps = step_costs(configs, BASE)
+        epochs = {
+            method: cfg.max_epochs / configs[BASE].max_epochs for method, cfg in configs.items()
+        }
         known = {}
         for method, cell in first.items():
-            step, parent = steps[method], None
+            chain = [method]
             if cell.parent is not None:
-                parent = next(c.method for c in cells if c.directory == cell.parent)
+                chain.append(next(c.method for c in cells if c.directory == cell.parent))
             known[method] = {
-                key: step[key] + (steps[parent][key] if parent is not None else 0)
+                key: sum(steps[each][key] * epochs[each] for each in chain)
                 for key in ("median", "min", "max")
-            } | {"step_ms": step["ms"]}
+            } | {"step_ms": steps[method]["ms"]}
         write_json(file, known)
     return known
 
 
-def _measurable(cell: Cell) -> DictConfig:
-    """The configuration that the run was trained with, prepared."""
+def _prepared(cell: Cell) -> DictConfig:
+    """The configuration that a run was trained with, prepared to build its model from."""
     source = OmegaConf.load(cell.directory / CONFIG_FILE)
     assert isinstance(source, DictConfig)
     source.pretrained_feature_extractor = None
@@ -421,6 +482,8 @@ def read_grid(
         for key in grid:
             if key not in valid:
                 raise unknown_name(str(file), key, valid)
+        if not OmegaConf.is_list(grid.get("overrides", OmegaConf.create([]))):
+            raise ConfigError(f"{file}: overrides: expected a list, got {grid.overrides!r}")
         base = file.parent / str(grid.base)
         if not base.is_file():
             raise ConfigError(f"{file}: base: no such file {base}")

@@ -307,12 +307,25 @@ def _check_labels(cfg: DictConfig, weighting: Weighting) -> None:
         for key in cfg[block]:
             if key not in keys:
                 raise unknown_name(block, key, keys)
+    for key, default in (("fraction", 1.0), ("split", "train")):
+        if cfg.labels.get(key) is None:
+            cfg.labels[key] = default
     fraction, held_out = cfg.labels.fraction, cfg.labels.split == "held_out"
     most = LARGEST_HELD_OUT if held_out else 1
     if fraction > most:
         part = "the part that is held out" if held_out else "the part that keeps its labels"
         raise ConfigError(
             f"labels.fraction: {part}: expected a number above 0 and up to {most}, got {fraction}"
+        )
+    if weighting.downstream_weight and cfg.data.no_labels:
+        raise ConfigError(
+            f"data.no_labels: '{cfg.weighting.name}' trains the backbone with the labels: "
+            "leave it out"
+        )
+    if held_out and weighting.needs_losses_after and weighting.needs_gradients:
+        raise ConfigError(
+            f"labels.split: '{cfg.weighting.name}' with its scale or heads changed learns from the "
+            "pretraining batch alone: set labels.split=train"
         )
     if held_out and weighting.downstream_weight:
         raise ConfigError(

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grap_solo.balance import Step
+from grap_solo.distributed import mean_over_processes
 from grap_solo.weighting.grap import objective_gradient
 
 
@@ -87,8 +87,4 @@ def _by_parameters(
     found = torch.autograd.grad(
         list(embeddings), parameters, outputs, retain_graph=True, materialize_grads=True
     )
-    flat = torch.cat([each.flatten() for each in found]).float()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-    return flat
+    return mean_over_processes(torch.cat([each.flatten() for each in found]).float())

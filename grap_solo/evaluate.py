@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -33,16 +34,23 @@ class Evaluation:
     rankme: float
 
 
+def device_of(cfg: DictConfig) -> torch.device:
+    """The device that a configuration's ``accelerator`` names."""
+    found = None if cfg.accelerator == "cpu" else torch.accelerator.current_accelerator()
+    return found or torch.device("cpu")
+
+
 @torch.no_grad()
 def embed(
     backbone: nn.Module, loader: Iterable[Any], device: torch.device | str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
     """The embeddings (N, D) of a loader's images, in eval mode, and their labels (N,)."""
     backbone = backbone.to(device).eval()
+    dtype = next(backbone.parameters()).dtype
     embeddings: list[Tensor] = []
     labels: list[Tensor] = []
     for images, targets in loader:
-        embeddings.append(backbone(images.to(device)).float().cpu())
+        embeddings.append(backbone(images.to(device, dtype)).float().cpu())
         labels.append(targets)
     return torch.cat(embeddings).numpy(), torch.cat(labels).numpy()
 
@@ -74,11 +82,14 @@ def evaluate(
 
 
 def rankme(embeddings: np.ndarray) -> float:
-    """The effective rank of embeddings (N, D), between 1 and min(N, D), from at most the first
-    25,600 of them (Garrido et al. 2023, arXiv 2210.02885, Eq. 1 and 2).
+    """The effective rank of embeddings (N, D), between 1 and min(N, D), from at most 25,600 drawn
+    with a fixed seed (Garrido et al. 2023, arXiv 2210.02885, Eq. 1 and 2).
 
     ``exp(-sum_k p_k log p_k)`` with ``p_k = s_k / sum_j s_j + 1e-7`` of the singular values.
     """
-    values = np.linalg.svd(embeddings[:25_600].astype(np.float64), compute_uv=False)
+    if len(embeddings) > 25_600:
+        drawn = np.random.default_rng(0).choice(len(embeddings), 25_600, replace=False)
+        embeddings = embeddings[drawn]
+    values = np.linalg.svd(embeddings.astype(np.float64), compute_uv=False)
     shares = values / values.sum() + 1e-7
     return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -553,8 +553,9 @@ def _accuracy_section(summaries: Sequence[Summary], output: Path) -> Section:
     plot_accuracy_cost(drawn, section.picture)
     section.caption = (
         "Top-1 accuracy of frozen embeddings on the validation images (mean over the runs, "
-        "whiskers of one standard deviation) against the time of a step relative to that with "
-        "fixed weights (median, whiskers from least to most); the dashed line marks fixed weights."
+        "whiskers of one standard deviation) against the time of training relative to that with "
+        "fixed weights, with the run that a method starts from (median of steps timed in turns, "
+        "whiskers from least to most); the dashed line marks fixed weights."
     )
     missing = [each.label for each in points if each.accuracies and each not in drawn]
     if missing:
@@ -620,7 +621,8 @@ def _summary_section(summaries: Sequence[Summary]) -> Section:
     said = {
         "linear_std": "accuracies (top-1 in percent) and RankMe are means ± standard deviations "
         "over the runs",
-        "cost": "cost is the time of a step relative to fixed weights (median, and least to most)",
+        "cost": "cost is the time of training relative to fixed weights, from steps timed in turns "
+        "(median, and least to most), with the run that a method starts from",
         "p_value": "p is of Welch's t-test of the linear probe against fixed weights, two-sided "
         "and corrected by Holm",
     }

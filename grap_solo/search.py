@@ -155,7 +155,7 @@ def _run_config(
 
 
 def _make_directory(directory: Path) -> None:
-    """Makes it, unless something other than a search lies there: unfinished runs are removed."""
+    """Makes it, unless something other than a search lies there, whose runs would be removed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

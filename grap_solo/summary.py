@@ -45,7 +45,7 @@ def table_of_methods(
 
     ``p_value`` is of Welch's t-test of the linear probe against ``fixed``, two-sided, corrected
     over all methods of the table by Holm (1979). It is NaN where either has fewer than two runs,
-    or where nothing varies.
+    or where neither varies.
 
     Args:
         runs: see :func:`table_of_runs`.
@@ -82,7 +82,8 @@ def p_values(runs: pd.DataFrame, methods: Sequence[str]) -> list[float]:
     raw = np.full(len(methods), np.nan)
     for i, method in enumerate(methods):
         mine = linear[method]
-        if method != BASE and min(len(mine), len(base)) > 1 and np.ptp([*mine, *base]) > 0:
+        varies = len(mine) and len(base) and (np.ptp(mine) > 0 or np.ptp(base) > 0)
+        if method != BASE and min(len(mine), len(base)) > 1 and varies:
             raw[i] = ttest_ind(mine, base, equal_var=False).pvalue
     tested = np.isfinite(raw)
     if tested.any():

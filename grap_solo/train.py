@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
 from grap_solo.solo import describe_base
 from grap_solo.trajectory import WEIGHTS_FILE, pooled_weights
+from grap_solo.weighting import build_weighting
 
 CONFIG_FILE = "config.yaml"
 LABELS_FILE = "labels.csv"
@@ -90,7 +92,10 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     )
     train_loader: Any = pretrain_loader(cfg, train_images, images_per_step(cfg))
     if held_out is not None:
-        loaders = {"train": train_loader, "labelled": labelled_loader(cfg, held_out)}
+        loaders = {
+            "train": train_loader,
+            "labelled": labelled_loader(cfg, held_out, images_per_step(cfg)),
+        }
         train_loader = CombinedLoader(loaders, mode="max_size_cycle")
     val_loader = None if val_images is None else evaluation_loader(cfg, val_images)
 
@@ -110,13 +115,14 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
             f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}",
             flush=True,
         )
-    trainer.fit(
-        model,
-        train_loader,
-        val_loader,
-        ckpt_path=cfg.resume_from_checkpoint,
-        weights_only=True,
-    )
+    with _wandb_run():
+        trainer.fit(
+            model,
+            train_loader,
+            val_loader,
+            ckpt_path=cfg.resume_from_checkpoint,
+            weights_only=True,
+        )
     _save_final(trainer, cfg, directory)
     if trainer.is_global_zero and trainer.global_step:
         record, picture = directory / WEIGHTS_FILE, directory / "weights.png"
@@ -131,7 +137,7 @@ def retrain(
     epochs: tuple[int, int] | None = None,
     last: int | None = None,
 ) -> Run:
-    """Trains from scratch with the median weights that runs have found ("tuned", paper 4.2).
+    """Trains again with the median weights that runs have found ("tuned", paper 4.2).
 
     The new run goes beside the first one, with ``_tuned`` behind its name, unless the command line
     gives it another ``name`` or ``checkpoint.dir``. Its ``config.yaml`` is complete: the weights,
@@ -285,15 +291,39 @@ def _check_directory(cfg: DictConfig, directory: Path) -> None:
         key = f"resume_from_checkpoint: {checkpoint}"
         try:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            terms = len(state["state_dict"].get("weighting.weights", terms_of(cfg)))
+            saved = {k: getattr(v, "shape", None) for k, v in state["state_dict"].items()}
         except FileNotFoundError:
             raise ConfigError(f"{key}: no such file") from None
         except Exception:
             raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
-        if terms != len(terms_of(cfg)):
-            raise ConfigError(f"{key}: it is of a run with {terms} terms")
+        _check_weighting_state(cfg, saved, key)
         if taken and directory.resolve() not in Path(checkpoint).resolve().parents:
             raise ConfigError(f"{key}: it is not of the run in {directory}: give another name")
+
+
+@contextlib.contextmanager
+def _wandb_run() -> Iterator[None]:
+    """Ends W&B's run with the training: the next one in this process would go on in it."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            with contextlib.suppress(Exception):  # Whatever it is, the run matters more.
+                wandb.finish(int(failed))
+
+
+def _check_weighting_state(cfg: DictConfig, saved: Mapping[str, Any], key: str) -> None:
+    """Whether a checkpoint, by the shapes that it holds, is of the same weighting and terms."""
+    block: Any = OmegaConf.to_container(cfg.weighting, resolve=True)
+    weighting = build_weighting(block, tuple(terms_of(cfg)), terms_of(cfg))
+    prefix = "weighting."
+    theirs = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+    ours = {k: getattr(v, "shape", None) for k, v in weighting.state_dict().items()}
+    if theirs != ours:
+        raise ConfigError(f"{key}: it is of a run with another weighting or other terms")
 
 
 def _load_backbone(model: GrapAll4One, path: Path) -> None:
@@ -411,7 +441,8 @@ def _is_first_process() -> bool:
 
 def no_validation(cfg: DictConfig) -> bool:
     """Whether a run has no labelled images to validate on."""
-    return cfg.data.dataset != "digits" and (cfg.data.no_labels or cfg.data.val_path is None)
+    missing = cfg.data.dataset != "digits" and cfg.data.val_path is None
+    return bool(cfg.data.no_labels or missing)
 
 
 def _quiet() -> None:

@@ -219,8 +219,10 @@ def pooled_weights(
 
 def write_median(path: Path, warmup_epochs: int) -> None:
     """Writes the median beside a ``weights.csv``, as a block to train with."""
-    block = {"name": "fixed", "weights": median_weights(path, warmup_epochs)}
+    block: dict[str, Any] = {"name": "fixed", "weights": median_weights(path, warmup_epochs)}
     text = "# Median of the effective weights over the run's steps, as a block to train with.\n"
+    if min(block["weights"].values()) < 0 or not any(block["weights"].values()):
+        text += "# Not as it stands: fixed weights are 0 or more, and not all 0.\n"
     text += yaml.safe_dump({"weighting": block}, sort_keys=False)
     (path.parent / MEDIAN_FILE).write_text(text)
 

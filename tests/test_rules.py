@@ -87,6 +87,24 @@ def test_torchjds_aggregator_on_the_full_matrix_gives_the_same_composite(name, s
     torch.testing.assert_close(weights @ rows, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", sorted(set(AGGREGATORS) - {"fairgrad"}))
+def test_the_composites_direction_does_not_depend_on_the_gradients_size(name):
+    """At the embedding gradients are small; torchjd's solvers have absolute tolerances."""
+    rows = gradients(0)
+    large = rule(name)(statistics(rows)) @ rows
+    small = rule(name)(statistics(1e-5 * rows)) @ rows
+    torch.testing.assert_close(small / small.norm(), large / large.norm(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_fairgrad_solves_its_equation_at_any_size(size, alpha):
+    rows = size * gradients(1)
+    weights = rule("fairgrad", alpha=alpha)(statistics(rows))
+    gramian = rows @ rows.T
+    torch.testing.assert_close(gramian @ weights, weights ** (-1 / alpha), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_pcgrad_projects_each_gradient_off_those_it_conflicts_with(seed):
     """Alg. 1 on the gradients themselves, with the same order of the others."""

@@ -372,7 +372,7 @@ def test_two_searches_do_not_write_one_folder(done):
     before = times(done)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"locked\n"
-        with pytest.raises(ConfigError, match="another search is at work there"):
+        with pytest.raises(ConfigError, match="another command is writing there"):
             go_on(done, 3)
         process.stdin.close()
     go_on(done, 2)  # The lock has ended with its process.

@@ -87,11 +87,11 @@ def pretrain_loader(cfg: DictConfig, images: Images, together: int) -> DataLoade
     return _loader(cfg, dataset, shuffle=True, drop_last=True)
 
 
-def labelled_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:
-    """Shuffled batches of views of held-out images, as :func:`pretrain_loader` gives them."""
+def labelled_loader(cfg: DictConfig, images: Images, together: int) -> DataLoader[Any]:
+    """Shuffled batches of views of held-out images, as :func:`pretrain_loader` gives them; one
+    smaller batch where there are fewer images than a batch holds."""
     dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
-    whole = len(images) >= cfg.optimizer.batch_size
-    return _loader(cfg, dataset, shuffle=True, drop_last=whole)
+    return _loader(cfg, dataset, shuffle=True, drop_last=len(images) >= together)
 
 
 def evaluation_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:

@@ -20,8 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from grap_solo.balance import HeldOut, SharedHead, Step, balance
 from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_cosine
+from grap_solo.distributed import gather, mean_over_processes
 from grap_solo.errors import ConfigError
-from grap_solo.methods.losses import Views, contrast, correlation_losses, gather, probe_loss
+from grap_solo.methods.losses import Views, contrast, correlation_losses, probe_loss
 from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.solo import All4One, register_backbone
 from grap_solo.trajectory import TrajectoryRecorder
@@ -218,10 +219,14 @@ class GrapAll4One(All4One):
             )
         nn_acc = None
         if nearest is not None:
-            nn_acc = (labels == self.queue_y[nearest]).sum() / len(labels)
+            known = labels >= 0
+            hits = known & (labels == self.queue_y[nearest])
+            nn_acc = hits.sum() / known.sum().clamp(min=1)
         if targets.momentum:
             self.dequeue_and_enqueue(out["momentum_z"][0], labels, indexes)
         self._log_step(step, nn_acc, projections)
+        if labelled is not None:
+            self._log_labelled(down, labelled[2])
         return step.loss + out.get("momentum_loss", 0)
 
     @torch.no_grad()
@@ -249,6 +254,8 @@ class GrapAll4One(All4One):
         comes to depend on it."""
         with torch.no_grad(), frozen_statistics(self):
             embeddings = [self.multicrop_forward(each)["feats"] for each in views]
+            if not self.weighting.needs_gradients:
+                return HeldOut(embeddings, lambda *leaves: {})  # They train the probe alone.
             momentum = [self.momentum_forward(each) for each in views]
             _, targets = self._targets(
                 [each["z"] for each in momentum], [each["feats"] for each in momentum]
@@ -331,6 +338,14 @@ class GrapAll4One(All4One):
             contrast(centroid1, shifted2, ATTENTION_TEMPERATURE)
             + contrast(centroid2, shifted1, ATTENTION_TEMPERATURE)
         ) / 2
+
+    @torch.no_grad()
+    def _log_labelled(self, down: list[Tensor], labels: Tensor) -> None:
+        """The probe on a held-out batch, from its embeddings and, last, its loss."""
+        *embeddings, loss = down
+        accuracies = [accuracy_at_k(self.classifier(each), labels)[0] for each in embeddings]
+        metrics = {"train_labelled_loss": loss, "train_labelled_acc1": torch.cat(accuracies).mean()}
+        self.log_dict(metrics, on_epoch=True, sync_dist=True)
 
     @torch.no_grad()
     def _log_step(self, step: Step, nn_acc: Tensor | None, projections: dict[str, Views]) -> None:
@@ -417,10 +432,12 @@ class GrapAll4One(All4One):
         with frozen_statistics(self):
             losses = self._losses_again()
         values = torch.stack([losses[term] for term in self.weighting.terms])
-        self.weighting.after_step(gather(values[None]).mean(dim=0))
+        self.weighting.after_step(mean_over_processes(values))
 
-    def on_train_epoch_end(self) -> None:
-        self.weighting.end_epoch()
+    def on_train_epoch_start(self) -> None:
+        """Ends the epoch before for the weighting: a checkpoint of that epoch is without it."""
+        if self.current_epoch:
+            self.weighting.end_epoch()
 
     # ---- checkpoints ------------------------------------------------------------------------
 
@@ -442,7 +459,8 @@ class GrapAll4One(All4One):
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch-norms normalise by their batch, as in training, but do not remember it."""
+    """Batch-norms normalise by their batch, as in training, but keep their running mean and
+    variance."""
     norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
     momenta = [each.momentum for each in norms]
     for each in norms:

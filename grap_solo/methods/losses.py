@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
+from grap_solo.distributed import world_size
+
 Views = Sequence[Tensor]
 """A tensor for each view."""
 
@@ -38,7 +40,7 @@ def contrast(anchors: Tensor, predictions: Tensor, temperature: float) -> Tensor
         F.normalize(predictions, dim=-1),
     )
     start = 0
-    if dist.is_available() and dist.is_initialized():
+    if world_size() > 1:
         start = dist.get_rank() * len(predictions)
         predictions = torch.cat(all_gather(predictions))
     logits = anchors @ predictions.T / temperature
@@ -64,12 +66,3 @@ def correlation_losses(projections: Views, momentum: Views) -> tuple[Tensor, Ten
         diagonals.append((diagonal - 1).square().mean())
         rests.append(rest.square().sum() / (matrix.numel() - len(matrix)))
     return torch.stack(diagonals).mean().sqrt(), torch.stack(rests).mean().sqrt()
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """All processes' tensors joined, without gradient."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)

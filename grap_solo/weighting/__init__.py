@@ -78,7 +78,7 @@ def build_weighting(
     name = keys.pop("name", None)
     if name is None:
         raise ConfigError(f"weighting.name: missing: use one of {', '.join(sorted(WEIGHTINGS))}")
-    if name not in WEIGHTINGS:
+    if not isinstance(name, str) or name not in WEIGHTINGS:
         raise unknown_name("weighting.name", name, WEIGHTINGS)
     rule = WEIGHTINGS[name]
     valid = _keys(rule)

@@ -159,6 +159,7 @@ class Weighting(nn.Module):
             return weights
         gramian = statistics.gramian
         assert gramian is not None
+        weights = weights.to(gramian.dtype)
         unit = weights / composite_norm(weights, gramian)
         if self.scale == "reference":
             return unit * composite_norm(self.reference.to(gramian.dtype), gramian)

@@ -59,7 +59,7 @@ class DWA(Weighting):
         return torch.where(rates.isfinite().all(), weights, torch.ones_like(weights))
 
     def end_epoch(self) -> None:
-        if self.training:
+        if self.training and self.steps:
             self.before.copy_(self.last)
             self.last.copy_(self.total / self.steps)
             self.total.zero_()

@@ -25,7 +25,7 @@ class GramianWeighting(Weighting):
 
     The algebra is done on the CPU in float64. A rule that draws random numbers draws them from a
     stream of its own, given by the number of the step, so that it changes nothing else and is the
-    same in every process. A Gramian that is not finite gives equal weights.
+    same in every process. A Gramian that is not finite, or 0, gives equal weights.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
@@ -50,11 +50,17 @@ class GramianWeighting(Weighting):
         assert statistics.gramian is not None
         gramian = statistics.gramian.double().cpu()
         self.calls += self.training
-        if not gramian.isfinite().all():
-            return torch.full_like(statistics.losses, 1 / len(self.terms))
+        size = gramian.trace()
+        if not gramian.isfinite().all() or size <= 0:
+            return torch.full_like(statistics.gramian[0], 1 / len(self.terms))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.calls)
-            return self.rule(gramian).to(statistics.gramian)
+            torch.default_generator.manual_seed(self.calls)
+            weights = self.rule(gramian / size)  # Their solvers have absolute tolerances.
+        return self.unscaled(weights, size.item()).to(statistics.gramian)
+
+    def unscaled(self, weights: Tensor, size: float) -> Tensor:
+        """The weights for a Gramian, from those for the Gramian divided by ``size``."""
+        return weights
 
     def get_extra_state(self) -> int:
         return self.calls
@@ -153,8 +159,11 @@ class FairGrad(GramianWeighting):
         **treatment: Any,
     ) -> None:
         super().__init__(terms, reference, **treatment)
-        alpha = number(alpha, "weighting.alpha", above_zero=True)
-        self.rule = aggregation.FairGradWeighting(alpha)
+        self.alpha = number(alpha, "weighting.alpha", above_zero=True)
+        self.rule = aggregation.FairGradWeighting(self.alpha)
+
+    def unscaled(self, weights: Tensor, size: float) -> Tensor:
+        return weights * size ** (-self.alpha / (self.alpha + 1))
 
 
 class CAGrad(GramianWeighting):

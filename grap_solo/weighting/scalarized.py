@@ -156,7 +156,7 @@ class Random(Weighting):
         self.calls += self.training
         with torch.random.fork_rng(devices=[]):
             # Its generator looks at 32 bits: a product keeps the streams of near seeds apart.
-            torch.manual_seed((self.seed * 1_000_003 + self.calls) % 2**32)
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + self.calls) % 2**32)
             weights = derivatives(self.scalarizer, torch.ones(len(self.terms)))
         return weights.to(statistics.losses)
 
