@@ -220,14 +220,15 @@ def _from_gradients(
         seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
         seen = _in_order(held_out.terms(*seen_leaves), weighting, views[0])
     down = downstream(*seen_leaves)
+    scale = _inner_scale(views[0])
     with torch.autocast(views[0].device.type, enabled=False):
-        rows = tuple(_gradient(each, leaves) for each in losses)
-        target = _gradient(down, seen_leaves)
+        rows = tuple(_gradient(each, leaves, scale) for each in losses)
+        target = _gradient(down, seen_leaves, scale)
         if held_out is None:
             statistics = _statistics(weighting, losses, rows, target)
             weights = weighting(statistics)
         else:
-            seen_rows = tuple(_gradient(each, seen_leaves) for each in seen)
+            seen_rows = tuple(_gradient(each, seen_leaves, scale) for each in seen)
             statistics = _statistics(weighting, seen, seen_rows, target)
             weights = weighting(_statistics(weighting, losses, rows), statistics)
         heads = weighting.head_weights(weights)
@@ -253,16 +254,35 @@ def _in_order(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) 
     return [losses.get(name, zero) for name in weighting.terms]
 
 
-def _gradient(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+HALF_SCALE = 2.0**14
+
+
+def _inner_scale(embedding: Tensor) -> float:
+    """What the inner gradients are multiplied by on their way through the heads, where that is in
+    float16: below 6e-8 they would be 0 there. It is undone in float32, and has nothing to do with
+    the trainer's own scale."""
+    device = embedding.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    half = torch.float16 in (embedding.dtype, autocast)
+    return HALF_SCALE if half else 1.0
+
+
+def _gradient(loss: Tensor, leaves: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
     """The loss's gradient by each leaf, in float32 or better; zeros where it does not reach."""
     gradients: Sequence[Tensor]
     if loss.requires_grad:
         gradients = torch.autograd.grad(
-            loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+            loss,
+            leaves,
+            torch.full_like(loss, scale),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
     else:
         gradients = [torch.zeros_like(leaf) for leaf in leaves]
-    return tuple(each.to(torch.promote_types(each.dtype, torch.float32)) for each in gradients)
+    wide = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in gradients)
+    return tuple(each / scale if scale != 1 else each for each in wide)
 
 
 def _statistics(

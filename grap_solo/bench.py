@@ -1,92 +1,421 @@
-"""What a step of one weighting costs beside another's: timed in turns, in one process."""
+"""What a step costs: contenders in turns in one process, and each one's peak memory in its own."""
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import grap_solo
+from grap_solo.balance import Step, balance
+from grap_solo.config import prepare
+from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.evaluate import device_of
-from grap_solo.methods import GrapAll4One
+from grap_solo.methods import GrapAll4One, all4one
+from grap_solo.solo import BASE
+from grap_solo.solo.backbones import build_backbone
+from grap_solo.summary import markdown
+from grap_solo.weighting import Statistics, build_weighting
+
+CONFIGS = Path(grap_solo.__file__).parents[1] / "configs" / "cifar10"
+PAIRS = (
+    ("grap", "fixed"),
+    ("grap", "solo_learn"),
+    ("grap", "torchjd"),
+    ("grap", "k_backwards"),
+    ("fixed", "solo_learn"),
+)
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
-class _Contender:
-    """A method and its optimiser, on one batch again and again."""
+# ---- contenders -----------------------------------------------------------------------------
 
-    def __init__(self, cfg: DictConfig, batch: list[Any], device: torch.device) -> None:
+
+class Contender:
+    """A method and its optimiser, on one batch again and again.
+
+    A step is forward, backward, a plain SGD update and the momentum update; loading data and
+    LARS, which are the same for all, are left out.
+
+    Args:
+        cfg: a prepared configuration, ``data.num_classes`` included.
+        batch: ``[indexes, [view1, view2], labels]``.
+        base: the method's class.
+        surrogate: what takes the place of :func:`~grap_solo.balance.balance` in the step.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        batch: list[Any],
+        base: Any = GrapAll4One,
+        surrogate: Callable[..., Step] | None = None,
+    ) -> None:
         seed_everything(cfg.seed, verbose=False)
-        self.model = GrapAll4One(cfg).to(device).train()
+        self.device = device_of(cfg)
+        self.model = base(cfg).to(self.device).train()
+        if not cfg.performance.disable_channel_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
         self.model.parameter_space_every = 0  # Without a trainer every step is the first.
         self.model.log = self.model.log_dict = lambda *args, **kwargs: None
         parameters = [each for each in self.model.parameters() if each.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4)
+        dtype = PRECISIONS.get(str(cfg.get("precision")))
+        self.autocast: Any = (
+            nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+        )
+        self.surrogate = surrogate
+        indexes, views, labels = batch
+        batch = [
+            indexes.to(self.device),
+            [each.to(self.device) for each in views],
+            labels.to(self.device),
+        ]
         held_out = cfg.labels.split == "held_out"
         self.batch: Any = {"train": batch, "labelled": batch} if held_out else batch
-        self.device = device
 
     def seconds(self) -> float:
-        """One step: forward, backward, a plain SGD update, the momentum update."""
+        """The time of one step."""
         self._wait()
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        self.model.training_step(self.batch, 0).backward()
+        if self.surrogate is None:
+            self._backward()
+        else:
+            with mock.patch.object(all4one, "balance", partial(self.surrogate, self.model)):
+                self._backward()
         self.optimizer.step()
-        self.model.update_weighting_after_step()
+        if hasattr(self.model, "update_weighting_after_step"):
+            self.model.update_weighting_after_step()
         for pair in self.model.momentum_pairs:
             self.model.momentum_updater.update(*pair)
         self._wait()
         return time.perf_counter() - start
+
+    def _backward(self) -> None:
+        with self.autocast:
+            loss = self.model.training_step(self.batch, 0)
+        loss.backward()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
+Batch = list[Any]
+Terms = Callable[..., Mapping[str, Tensor]]
+
+
+def k_backwards(
+    model: nn.Module,
+    embeddings: Sequence[Tensor],
+    terms: Terms,
+    downstream: Callable[..., Tensor],
+    weighting: nn.Module,
+    *_: Any,
+) -> Step:
+    """GraP without the surrogate, on the backbone's parameters (arXiv 2605.07756, Eq. 12): one
+    backward pass through the backbone for each loss."""
+    backbone, heads = _parameters(model)
+    losses, down = list(terms(*embeddings).values()), downstream(*embeddings)
+    rows = [torch.autograd.grad(each, backbone, retain_graph=True) for each in (*losses, down)]
+    *vectors, target = (torch.cat([each.flatten() for each in row]) for row in rows)
+    matrix = torch.stack(vectors)
+    found = Statistics(
+        losses=torch.stack(losses).detach(),
+        gramian=matrix @ matrix.T,
+        products=matrix @ target,
+        downstream_norm=target.norm(),
+    )
+    weights = weighting(found)
+    composite = weights @ matrix
+    sizes = [each.numel() for each in backbone]
+    for parameter, gradient in zip(backbone, composite.split(sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    torch.stack([*losses, down]).sum().backward(inputs=heads)
+    return _done(weights, found)
+
+
+def torchjd_step(
+    model: nn.Module,
+    embeddings: Sequence[Tensor],
+    terms: Terms,
+    downstream: Callable[..., Tensor],
+    weighting: nn.Module,
+    *_: Any,
+) -> Step:
+    """torchjd's ``mtl_backward``, one term at a time, and UPGrad of the Jacobians."""
+    from torchjd.aggregation import UPGrad
+    from torchjd.autojac import jac_to_grad, mtl_backward
+
+    backbone, _heads = _parameters(model)
+    losses = list(terms(*embeddings).values())
+    downstream(*(each.detach() for each in embeddings)).backward()
+    mtl_backward(losses, features=list(embeddings), parallel_chunk_size=1)
+    jac_to_grad(backbone, UPGrad())
+    return _done(torch.ones(len(losses)), Statistics(torch.stack(losses).detach()))
+
+
+def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The backbone's, and those of heads and probe."""
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    backbone = [each for name, each in named if name.startswith("backbone.")]
+    return backbone, [each for name, each in named if not name.startswith("backbone.")]
+
+
+def _done(weights: Tensor, found: Statistics) -> Step:
+    """A step whose gradients are there already: its loss has none left to give."""
+    loss = torch.zeros((), device=found.losses.device, requires_grad=True)
+    return Step(loss, {}, loss.detach(), weights, found)
+
+
+def random_batch(cfg: DictConfig) -> Batch:
+    """``[indexes, [view1, view2], labels]`` of random images of a configuration's size."""
+    size, count = cfg.augmentations[0].crop_size, cfg.optimizer.batch_size
+    generator = torch.Generator().manual_seed(cfg.seed)
+    views = [torch.randn(count, 3, size, size, generator=generator) for _ in range(2)]
+    return [torch.arange(count), views, torch.arange(count) % cfg.data.num_classes]
+
+
+# ---- turns ----------------------------------------------------------------------------------
+
+
+def in_turns(
+    contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """The seconds of every round: each contender's turn comes once in each.
+
+    Args:
+        contenders: what runs a step and returns its seconds, by name.
+        rounds: how often each is timed.
+        warmup: rounds before that.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warmup + rounds):
+        for name, step in contenders.items():
+            seconds = step()
+            if turn >= warmup:
+                times[name].append(seconds)
+    return times
+
+
+def ratio(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """``median``, ``min`` and ``max`` of the rounds' ratios."""
+    ratios = [a / b for a, b in zip(mine, others, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
 def step_costs(
     configs: Mapping[str, DictConfig], base: str, rounds: int = 15, warmup: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Each configuration's time of a step by that of ``base``, in turns on one random batch.
-
-    A step is forward, backward, a plain SGD update and the momentum update, in float32; loading
-    data and LARS, which are the same for all, are left out.
+    """Each configuration's time of a step by that of ``base``: see :class:`Contender`.
 
     Args:
         configs: prepared configurations, ``data.num_classes`` included, by name.
-        base: the name that the others are compared with.
-        rounds: how often each is timed.
-        warmup: rounds before that.
+        base: the name that the others are compared with; its batch is everyone's.
+        rounds: see :func:`in_turns`.
+        warmup: see :func:`in_turns`.
 
     Returns:
         By name, ``median``, ``min`` and ``max`` of the rounds' ratios, and ``ms``, the median
         time of a step in milliseconds.
     """
-    cfg = configs[base]
-    device = device_of(cfg)
-    size, count = cfg.augmentations[0].crop_size, cfg.optimizer.batch_size
-    generator = torch.Generator().manual_seed(cfg.seed)
-    views = [torch.randn(count, 3, size, size, generator=generator).to(device) for _ in range(2)]
-    labels: Tensor = torch.arange(count) % cfg.data.num_classes
-    batch = [torch.arange(count).to(device), views, labels.to(device)]
-    contenders = {name: _Contender(each, batch, device) for name, each in configs.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warmup + rounds):
-        for name, contender in contenders.items():
-            seconds = contender.seconds()
-            if turn >= warmup:
-                times[name].append(seconds)
-    found = {}
-    for name, seconds_of in times.items():
-        ratios = [a / b for a, b in zip(seconds_of, times[base], strict=True)]
-        found[name] = {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-            "ms": 1000 * statistics.median(seconds_of),
-        }
-    return found
+    batch = random_batch(configs[base])
+    contenders = {name: Contender(cfg, batch).seconds for name, cfg in configs.items()}
+    times = in_turns(contenders, rounds, warmup)
+    return {
+        name: ratio(mine, times[base]) | {"ms": 1000 * statistics.median(mine)}
+        for name, mine in times.items()
+    }
+
+
+# ---- the step of All4One --------------------------------------------------------------------
+
+
+def contender(name: str, batch_size: int, accelerator: str, precision: str) -> Contender:
+    """One of :func:`bench_step`'s, by name.
+
+    Args:
+        name: ``fixed``, ``grap``, ``k_backwards``, ``torchjd`` or ``solo_learn``.
+        batch_size: images of a step.
+        accelerator: ``cpu`` or ``gpu``.
+        precision: ``32-true`` or ``bf16-mixed``.
+    """
+    changes = [f"accelerator={accelerator}", "devices=1", f"optimizer.batch_size={batch_size}"]
+    changes += [f"precision={precision}", "method=grap_all4one"]
+    rule = "fixed" if name in ("fixed", "solo_learn") else "grap"
+    with initialize_config_dir(str(CONFIGS), version_base="1.2"):
+        cfg = prepare(compose("all4one", [*changes, f"+weighting={{name: {rule}}}"]))
+    cfg.data.num_classes = 10
+    surrogate = {"k_backwards": k_backwards, "torchjd": torchjd_step}.get(name)
+    base: Any = GrapAll4One
+    if name == "solo_learn":
+        from solo.methods.all4one import All4One
+
+        base = All4One
+    return Contender(cfg, random_batch(cfg), base, surrogate)
+
+
+def bench_step(
+    batch_size: int = 64,
+    rounds: int = 7,
+    accelerator: str = "cpu",
+    precision: str = "32-true",
+    only: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """One optimiser step of All4One: ResNet-18 with the CIFAR stem, full heads and queue.
+
+    ``fixed`` and ``grap`` are ours, ``k_backwards`` is GraP by :func:`k_backwards`, ``torchjd`` by
+    :func:`torchjd_step`, and ``solo_learn`` its own All4One, where its main branch is on the path.
+
+    Args:
+        batch_size: images of a step, two views each.
+        rounds: how often each is timed, after one round that is not.
+        accelerator: see :func:`contender`.
+        precision: see :func:`contender`.
+        only: the contenders; all when None.
+
+    Returns:
+        ``ratios`` as :func:`ratio` by ``a/b``, ``seconds``, the median step, and ``peak_mib``: on
+        a CPU the most memory that a process of its own takes for two steps beyond what it had
+        with the model built, on a GPU the most that torch had allocated in a step.
+
+    Raises:
+        ConfigError: a contender that is not there, or no folder of configurations.
+    """
+    if not CONFIGS.is_dir():
+        raise ConfigError(f"{CONFIGS}: no such folder: run it from a clone of the repository")
+    names = ["fixed", "grap", "k_backwards", "torchjd"]
+    names += ["solo_learn"] if BASE == "solo-learn" else []
+    for name in only or ():
+        if name not in names:
+            raise unknown_name("--only", name, names)
+    names = [name for name in names if only is None or name in only]
+    settings = (batch_size, accelerator, precision)
+    peaks = {name: _peak_alone(name, *settings) for name in names}
+    contenders = {name: contender(name, *settings).seconds for name in names}
+    times = in_turns(contenders, rounds, warmup=1)
+    return {
+        "batch_size": batch_size,
+        "accelerator": accelerator,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "base": BASE,
+        "rounds": rounds,
+        "ratios": {f"{a}/{b}": ratio(times[a], times[b]) for a, b in PAIRS if {a, b} <= {*names}},
+        "seconds": {name: statistics.median(mine) for name, mine in times.items()},
+        "peak_mib": peaks,
+    }
+
+
+def _peak_alone(*settings: Any) -> float:
+    """A contender's peak memory in MiB, in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_peak, *settings).result()
+
+
+def _peak(*settings: Any) -> float:
+    mine = contender(*settings)
+    if mine.device.type == "cuda":
+        mine.seconds()
+        torch.cuda.reset_peak_memory_stats()
+        mine.seconds()
+        return torch.cuda.max_memory_allocated() / 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mine.seconds()
+    mine.seconds()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+# ---- growth with the number of terms --------------------------------------------------------
+
+
+def bench_terms(
+    counts: Sequence[int] = (1, 2, 4, 8, 16, 32), batch_size: int = 64, rounds: int = 15
+) -> dict[str, Any]:
+    """How a step grows with K terms on one embedding: a ResNet-18 with the CIFAR stem and, for each
+    term, a head of two layers that regresses random targets, on the CPU.
+
+    Args:
+        counts: the numbers of terms.
+        batch_size: images of a step.
+        rounds: see :func:`in_turns`.
+
+    Returns:
+        ``ratios``: of a GraP step by that of plain training, by K.
+    """
+    return {
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "ratios": {str(count): _grap_to_plain(count, batch_size, rounds) for count in counts},
+    }
+
+
+def _grap_to_plain(count: int, batch_size: int, rounds: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    backbone, features = build_backbone("resnet18", "cifar10", {})
+    names = [f"term{k}" for k in range(count)]
+    heads = nn.ModuleDict(
+        {k: nn.Sequential(nn.Linear(features, 512), nn.ReLU(), nn.Linear(512, 128)) for k in names}
+    )
+    probe = nn.Linear(features, 10)
+    images, targets = torch.randn(batch_size, 3, 32, 32), torch.randn(batch_size, 128)
+    labels = torch.arange(batch_size) % 10
+    modules = nn.ModuleList([backbone, heads, probe]).to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(modules.parameters(), lr=1e-4)
+
+    def seconds(rule: str) -> Callable[[], float]:
+        weighting = build_weighting({"name": rule}, names)
+
+        def step() -> float:
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            balance(
+                backbone(images),
+                lambda z: {k: F.mse_loss(head(z), targets) for k, head in heads.items()},
+                lambda z: F.cross_entropy(probe(z), labels),
+                weighting,
+            ).loss.backward()
+            optimizer.step()
+            return time.perf_counter() - start
+
+        return step
+
+    times = in_turns({rule: seconds(rule) for rule in ("grap", "equal")}, rounds, warmup=2)
+    return ratio(times["grap"], times["equal"])
+
+
+# ---- what is printed ------------------------------------------------------------------------
+
+
+def table_of_ratios(found: Mapping[str, Any]) -> str:
+    """A Markdown table of ``ratios``, and one of ``seconds`` and ``peak_mib`` if there are any."""
+    rows = [["ratio of step times", "median", "min", "max"]]
+    for name, each in found["ratios"].items():
+        rows.append([name, *(f"{each[key]:.3f}" for key in ("median", "min", "max"))])
+    text = markdown(rows)
+    if "seconds" in found:
+        rows = [["contender", "seconds a step", "images a second", "peak memory, MiB"]]
+        for name, seconds in found["seconds"].items():
+            rate = found["batch_size"] / seconds
+            rows.append([name, f"{seconds:.3f}", f"{rate:.1f}", f"{found['peak_mib'][name]:.0f}"])
+        text += f"\n\n{markdown(rows)}"
+    settings = {k: v for k, v in found.items() if isinstance(v, (int, str))}
+    return text + "\n\n" + ", ".join(f"{key} {value}" for key, value in settings.items())

@@ -28,6 +28,11 @@ usage: grap-solo pretrain --config-path DIR --config-name NAME [key=value ...]
            a search over the weights, beside GraP; goes on where it was stopped
        grap-solo report FOLDER ... [--output DIR]
            pictures and one HTML page of runs and comparisons
+       grap-solo bench step [--batch N] [--rounds N] [--accelerator cpu|gpu]
+               [--precision 32-true|bf16-mixed] [--only NAME ...] [--json FILE]
+           what a step of GraP costs beside plain training and others
+       grap-solo bench terms [--batch N] [--rounds N] [--json FILE]
+           how that grows with the number of terms
        grap-solo demo
            default, grap and grap_tuned on scikit-learn's digits, into runs/demo
        grap-solo run SCRIPT [arguments ...]
@@ -53,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "search": _search,
         "report": _report,
+        "bench": _bench,
         "demo": _demo,
         "run": _run,
     }
@@ -186,6 +192,33 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args(arguments)
     report(given.folders, given.output or given.folders[0] / "report")
+
+
+def _bench(arguments: list[str]) -> None:
+    from grap_solo.bench import PRECISIONS, bench_step, bench_terms, table_of_ratios
+    from grap_solo.files import write_json
+
+    parser = _Parser(prog="bench")
+    parser.add_argument("what", choices=("step", "terms"))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(arguments)
+    for name in ("batch", "rounds"):
+        if getattr(given, name) < 1:
+            parser.error(f"argument --{name}: expected 1 or more")
+    if given.what == "terms":
+        found = bench_terms(batch_size=given.batch, rounds=given.rounds)
+    else:
+        found = bench_step(
+            given.batch, given.rounds, given.accelerator, given.precision, given.only
+        )
+    print(table_of_ratios(found))
+    if given.json is not None:
+        write_json(given.json, found)
 
 
 def _config_parser(command: str) -> _Parser:

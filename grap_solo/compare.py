@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +26,17 @@ from grap_solo.files import only_one, read_json, write_json
 from grap_solo.methods import GrapAll4One
 from grap_solo.report import report
 from grap_solo.summary import BASE, table_of_methods, table_of_runs, write_summary
-from grap_solo.train import CONFIG_FILE, newest_checkpoint, no_validation, pretrain
+from grap_solo.train import (
+    CONFIG_FILE,
+    TRAINED_FILE,
+    newest_checkpoint,
+    no_validation,
+    pretrain,
+)
 from grap_solo.trajectory import WEIGHTS_FILE, median_weights
 from grap_solo.weighting import WEIGHTINGS
 
 RESULT_FILE = "result.json"
-TRAINED_FILE = "trained.json"
 FAILURE_FILE = "failure.json"
 COST_FILE = "cost.json"
 CHILDREN = ("_tuned", "_finetuned")
@@ -69,9 +73,9 @@ def compare(
 ) -> Path:
     """Trains every method with every seed, evaluates them, and writes the table and its pictures.
 
-    A run that is finished is skipped and one that was cut short is trained again, so a comparison
-    that was killed goes on where it was. A run that fails is a row that says why; it is tried
-    again the next time. Everything goes to ``checkpoint.dir`` / ``name``: ``summary.md``,
+    A run that is finished is skipped and one that was cut short goes on from its checkpoint, so a
+    comparison that was killed goes on where it was. A run that fails is a row that says why; it is
+    tried again the next time. Everything goes to ``checkpoint.dir`` / ``name``: ``summary.md``,
     ``summary.csv``, ``runs.csv``, ``cost.json``, ``report.html`` with its pictures, the runs, and
     their ``logs``.
 
@@ -340,14 +344,9 @@ def _train_and_evaluate(cell: Cell) -> None:
     """Trains, unless that has been done; evaluates; and writes down what came of both."""
     trained = read_json(cell.directory / TRAINED_FILE)
     if trained is None:
-        if cell.directory.exists():
-            shutil.rmtree(cell.directory)  # An earlier attempt at this very run, cut short.
-        start = time.monotonic()
-        run = pretrain(_with_parent(cell))
+        run = pretrain(_with_parent(cell))  # From its newest checkpoint, if it was cut short.
         model, cfg = run.model, run.cfg
-        trained = {"online": run.accuracy, "seconds": time.monotonic() - start}
-        if cfg.checkpoint.enabled:
-            write_json(cell.directory / TRAINED_FILE, trained)
+        trained = read_json(cell.directory / TRAINED_FILE)
     else:
         cfg = _prepared(cell)
         state = torch.load(newest_checkpoint(cell.directory), "cpu", weights_only=True)

@@ -5,6 +5,7 @@ What solo-learn's ``parse_cfg`` does for its scripts, with an error of one line 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from pathlib import Path
@@ -33,7 +34,7 @@ strategy: null
 resume_from_checkpoint: null
 pretrained_feature_extractor: null
 labels: {fraction: 1.0, split: train}
-diagnostics: {parameter_space_every: 0}
+diagnostics: {parameter_space_every: 0, max_skipped_steps: 100}
 data:
   train_path: null
   val_path: null
@@ -79,6 +80,7 @@ OPTIONAL: dict[str, tuple[type, float | None]] = {
     "data.num_classes": (int, 1),
     "labels.fraction": (float, POSITIVE),
     "diagnostics.parameter_space_every": (int, 0),
+    "diagnostics.max_skipped_steps": (int, 1),
     "pretrained_feature_extractor": (str, None),
     "data.no_labels": (bool, None),
     "data.download": (bool, None),
@@ -217,6 +219,7 @@ def _check_keys(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"{key}: expected a block of keys, got {OmegaConf.select(cfg, key)!r}"
             )
+    _check_spelling(cfg)
     for key, (kind, least) in REQUIRED.items():
         if OmegaConf.select(cfg, key) is None:
             raise ConfigError(f"{key}: missing: add it to the configuration file")
@@ -271,6 +274,24 @@ def _check_keys(cfg: DictConfig) -> None:
             raise unknown_name("optimizer.kwargs", key, options)
 
 
+def _check_spelling(cfg: DictConfig) -> None:
+    """Refuses a key that is not known but nearly is one. solo-learn's files have keys of which
+    nothing here depends, so that one which is like none is left alone."""
+    known = [*REQUIRED, *OPTIONAL, "optimizer.kwargs", "optimizer.exclude_bias_n_norm_wd"]
+    known += ["scheduler.lr_decay_steps", "scheduler.interval", "knn_eval.distance_func"]
+    known += ["data.format", "data.train_path", "data.val_path", "backbone.kwargs"]
+    known += [f"wandb.{key}" for key in ("entity", "project", "offline")]
+    tops = {key.partition(".")[0] for key in known} | {*BLOCKS, "precision", "augmentations"}
+    for block in sorted({key.rpartition(".")[0] for key in known}):
+        node = cfg if not block else OmegaConf.select(cfg, block)
+        inside = {k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == block}
+        valid = inside if block else tops
+        for key in node or ():
+            near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.85)
+            if key not in valid and near:
+                raise unknown_name(block or "configuration", key, valid)
+
+
 def _check_backbone_kwargs(cfg: DictConfig) -> None:
     """Tries the backbone's arguments on a model without memory."""
     kwargs = cfg.backbone.get("kwargs") or {}
@@ -302,7 +323,7 @@ def _check_labels(cfg: DictConfig, weighting: Weighting) -> None:
     """Which images keep their labels, and whether the weighting can do with them."""
     for block, keys in (
         ("labels", ("fraction", "split")),
-        ("diagnostics", ("parameter_space_every",)),
+        ("diagnostics", ("parameter_space_every", "max_skipped_steps")),
     ):
         for key in cfg[block]:
             if key not in keys:

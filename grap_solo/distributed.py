@@ -12,6 +12,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def mean_over_processes(tensor: Tensor) -> Tensor:
     """The mean of all processes' tensors, without gradient."""
     if world_size() == 1:

@@ -10,6 +10,10 @@ class ConfigError(ValueError):
     """Input that cannot be used. The command line prints its text alone and exits with 2."""
 
 
+class RunStopped(ConfigError):
+    """A training that cannot go on: what it has written is whole, and the text says why."""
+
+
 def unknown_name(where: str, name: object, valid: Iterable[str]) -> ConfigError:
     """The error for a name that is not one of ``valid``, with the nearest valid name.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +22,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     LearningRateMonitor,
-    ModelCheckpoint,
     TQDMProgressBar,
 )
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from grap_solo.checkpoint import EpochCheckpoint, EpochSeed, ResumableCSVLogger, newest_whole
 from grap_solo.config import images_per_step, prepare, run_dir, terms_of
 from grap_solo.data import (
     evaluation_loader,
@@ -37,7 +39,8 @@ from grap_solo.data import (
     resolve_num_classes,
     split_labels,
 )
-from grap_solo.errors import ConfigError
+from grap_solo.errors import ConfigError, RunStopped
+from grap_solo.files import write_json
 from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
 from grap_solo.solo import describe_base
@@ -46,6 +49,7 @@ from grap_solo.weighting import build_weighting
 
 CONFIG_FILE = "config.yaml"
 LABELS_FILE = "labels.csv"
+TRAINED_FILE = "trained.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,12 @@ class Run:
 
 def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     """Trains one method and leaves ``config.yaml``, ``metrics.csv``, ``weights.csv``,
-    ``weights.png``, ``median_weights.yaml`` and ``checkpoints/`` with solo-learn's ``args.json``.
+    ``weights.png``, ``median_weights.yaml``, ``trained.json`` and ``checkpoints/`` with
+    solo-learn's ``args.json``.
+
+    A run that was cut short goes on from its newest whole checkpoint when it is started again with
+    the same configuration. On a CPU it ends with the same numbers, to the bit, as if it had not
+    been: nothing random depends on more than the seed, the epoch and the image.
 
     Args:
         source: a composed configuration with solo-learn's keys.
@@ -79,26 +88,11 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     """
     cfg = prepare(source)
     directory = run_dir(cfg)
-    _check_directory(cfg, directory)
+    start = _where_to_start(source, cfg, directory)
     _quiet()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
-    train_images = load_images(cfg.data, train=True)
-    val_images = None if no_validation(cfg) else load_images(cfg.data, train=False)
-    parts = [each for each in (train_images, val_images) if each is not None]
-    cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
-    train_images, held_out, labelled = split_labels(
-        train_images, cfg.labels.fraction, cfg.labels.split == "held_out", cfg.seed
-    )
-    train_loader: Any = pretrain_loader(cfg, train_images, images_per_step(cfg))
-    if held_out is not None:
-        loaders = {
-            "train": train_loader,
-            "labelled": labelled_loader(cfg, held_out, images_per_step(cfg)),
-        }
-        train_loader = CombinedLoader(loaders, mode="max_size_cycle")
-    val_loader = None if val_images is None else evaluation_loader(cfg, val_images)
-
+    train_loader, val_loader, labelled = _loaders(cfg, start.epoch)
     model = GrapAll4One(cfg)
     if cfg.pretrained_feature_extractor is not None:
         _load_backbone(model, Path(cfg.pretrained_feature_extractor))
@@ -106,29 +100,50 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         _make_directory(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    trainer = _trainer(cfg, directory, callbacks)
+    trainer = _trainer(cfg, directory, callbacks, start)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
         if labelled is not None:
             np.savetxt(directory / LABELS_FILE, labelled, fmt="%d", header="index", comments="")
-        print(
-            f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}",
-            flush=True,
-        )
+        says = f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}"
+        print(says + (f", going on after epoch {start.epoch - 1}" * bool(start.epoch)), flush=True)
+    began = time.monotonic()
     with _wandb_run():
-        trainer.fit(
-            model,
-            train_loader,
-            val_loader,
-            ckpt_path=cfg.resume_from_checkpoint,
-            weights_only=True,
-        )
-    _save_final(trainer, cfg, directory)
+        try:
+            trainer.fit(model, train_loader, val_loader, ckpt_path=start.path, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C.
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+        except (OSError, RuntimeError) as error:
+            raise _stopped(error, directory) from error
+    accuracy = trainer.callback_metrics.get("val_acc1")
+    online = None if accuracy is None else accuracy.item()
     if trainer.is_global_zero and trainer.global_step:
         record, picture = directory / WEIGHTS_FILE, directory / "weights.png"
         plot_weights(record, picture, terms_of(cfg), model.weighting.warmup_epochs)
-    accuracy = trainer.callback_metrics.get("val_acc1")
-    return Run(directory, model.eval(), cfg, None if accuracy is None else accuracy.item())
+        seconds = start.seconds + time.monotonic() - began
+        write_json(directory / TRAINED_FILE, {"online": online, "seconds": seconds})
+    return Run(directory, model.eval(), cfg, online)
+
+
+def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
+    """The loaders for training, from an epoch on, and validation, and the indexes of the images
+    that keep their labels if not all do. Fills in ``data.num_classes``."""
+    train_images = load_images(cfg.data, train=True)
+    val_images = None if no_validation(cfg) else load_images(cfg.data, train=False)
+    parts = [each for each in (train_images, val_images) if each is not None]
+    cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
+    train_images, held_out, labelled = split_labels(
+        train_images, cfg.labels.fraction, cfg.labels.split == "held_out", cfg.seed
+    )
+    together = images_per_step(cfg)
+    train_loader: Any = pretrain_loader(cfg, train_images, together, epoch)
+    if held_out is not None:
+        seen = labelled_loader(cfg, held_out, together, epoch)
+        train_loader = CombinedLoader({"train": train_loader, "labelled": seen}, "max_size_cycle")
+    val_loader = None if val_images is None else evaluation_loader(cfg, val_images)
+    return train_loader, val_loader, labelled
 
 
 def retrain(
@@ -220,17 +235,22 @@ def _child(parent: Path, load: Callable[[Path], DictConfig], suffix: str) -> Dic
 class WeightsProgressBar(TQDMProgressBar):
     """Epoch, the current effective weights and the probe's accuracy."""
 
+    accuracy: float | None = None
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, GrapAll4One)
         weights = pl_module.effective_weights.tolist()
         named = zip(pl_module.weighting.terms, weights, strict=True)
         metrics: dict[str, Any] = {name: f"{value:.2f}" for name, value in named}
-        accuracy = trainer.callback_metrics.get(
-            "val_acc1", trainer.callback_metrics.get("train_acc1")
-        )
-        if accuracy is not None:
-            metrics["probe"] = f"{accuracy.item():.1f}%"
+        if self.accuracy is not None:
+            metrics["probe"] = f"{self.accuracy:.1f}%"
         return metrics
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        # Here, for it makes the processes wait for each other, and only the first one has a bar.
+        found = trainer.callback_metrics.get("val_acc1")
+        self.accuracy = None if found is None else found.item()
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)  # One bar is enough: its probe shows what validation found.
@@ -273,32 +293,101 @@ class SafeWandbLogger(WandbLogger):
         self._guard(super().finalize, status)
 
 
-def _check_directory(cfg: DictConfig, directory: Path) -> None:
-    """Keeps what is there: a run is written over by nothing, and resumed by its own checkpoint.
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        path: the checkpoint that it goes on from; None at the beginning.
+        epoch: the first epoch to train.
+        steps: the optimiser steps before that.
+        seconds: what these took.
+    """
+
+    path: Path | None = None
+    epoch: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def _where_to_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
+    """Keeps what is there: a finished or another run is written over by nothing, and one that was
+    cut short is gone on with.
 
     Raises:
-        ConfigError: the directory is taken, or the checkpoint is not usable.
+        ConfigError: the directory is taken, or the checkpoint that is asked for is not usable.
     """
-    if not _is_first_process():
-        return  # The first process has made the directory by now.
-    checkpoint = cfg.resume_from_checkpoint
+    asked = cfg.resume_from_checkpoint
     taken = (directory / CONFIG_FILE).exists()
-    if checkpoint is None and taken:
-        raise ConfigError(
-            f"name: {directory} already holds a run: give another name or checkpoint.dir"
-        )
-    if checkpoint is not None:
-        key = f"resume_from_checkpoint: {checkpoint}"
-        try:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            saved = {k: getattr(v, "shape", None) for k, v in state["state_dict"].items()}
-        except FileNotFoundError:
-            raise ConfigError(f"{key}: no such file") from None
-        except Exception:
-            raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
-        _check_weighting_state(cfg, saved, key)
-        if taken and directory.resolve() not in Path(checkpoint).resolve().parents:
+    found: tuple[Path, dict[str, Any]] | None = None
+    if asked is not None:
+        path = Path(asked)
+        key = f"resume_from_checkpoint: {path}"
+        found = path, _read_checkpoint(path, key)
+        _check_weighting_state(cfg, found[1]["state_dict"], key)
+        if taken and directory.resolve() not in path.resolve().parents:
             raise ConfigError(f"{key}: it is not of the run in {directory}: give another name")
+    elif taken and _is_first_process():
+        if (directory / TRAINED_FILE).exists():
+            raise ConfigError(
+                f"name: {directory} already holds a run: give another name or checkpoint.dir"
+            )
+        differing = different_keys(source, directory)
+        if differing:
+            raise ConfigError(
+                f"name: {directory} already holds a run with another '{differing[0]}': give "
+                "another name or checkpoint.dir"
+            )
+    if asked is None and taken:
+        found = newest_whole(directory / "checkpoints", cfg.name)
+    if found is None:
+        return Start()
+    path, state = found
+    return Start(path, state["epoch"] + 1, state["global_step"], state.get("seconds", 0.0))
+
+
+def _read_checkpoint(path: Path, key: str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state["state_dict"], state["global_step"], state["epoch"]
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: no such file") from None
+    except Exception:
+        raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
+    return state
+
+
+def different_keys(source: DictConfig, directory: Path) -> list[str]:
+    """The first-level keys in which a configuration differs from that of the run in a folder."""
+    theirs: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE))
+    ours = _plain(source)
+    return sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+
+
+def _plain(source: DictConfig) -> dict[Any, Any]:
+    """A configuration as its run keeps it: from the start, and without hydra's own."""
+    plain = OmegaConf.to_container(source, resolve=True)
+    assert isinstance(plain, dict)
+    for key in ("hydra", "resume_from_checkpoint"):
+        plain.pop(key, None)
+    return plain
+
+
+def _stopped(error: Exception, directory: Path) -> Exception:
+    """What ended a training, in words, if it was the machine; else the error itself."""
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    again = "start it again, and it goes on from its newest checkpoint"
+    if "DataLoader worker" in line:
+        return RunStopped(
+            f"data.num_workers: a process that loads data has died ({line}): give it more memory "
+            f"or fewer workers; {again}"
+        )
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    if full or "PytorchStreamWriter failed" in line or "file write failed" in line:
+        return RunStopped(
+            f"checkpoint.dir: {directory} cannot be written to ({line}): make room; {again}"
+        )
+    return error
 
 
 @contextlib.contextmanager
@@ -316,12 +405,16 @@ def _wandb_run() -> Iterator[None]:
 
 
 def _check_weighting_state(cfg: DictConfig, saved: Mapping[str, Any], key: str) -> None:
-    """Whether a checkpoint, by the shapes that it holds, is of the same weighting and terms."""
+    """Whether a checkpoint's state is of the same weighting and terms."""
     block: Any = OmegaConf.to_container(cfg.weighting, resolve=True)
     weighting = build_weighting(block, tuple(terms_of(cfg)), terms_of(cfg))
     prefix = "weighting."
-    theirs = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-    ours = {k: getattr(v, "shape", None) for k, v in weighting.state_dict().items()}
+    theirs = {
+        name.removeprefix(prefix): getattr(value, "shape", None)
+        for name, value in saved.items()
+        if name.startswith(prefix)
+    }
+    ours = {name: getattr(value, "shape", None) for name, value in weighting.state_dict().items()}
     if theirs != ours:
         raise ConfigError(f"{key}: it is of a run with another weighting or other terms")
 
@@ -351,51 +444,42 @@ def _load_backbone(model: GrapAll4One, path: Path) -> None:
 
 
 def _make_directory(directory: Path) -> None:
-    """The run's folders; what an earlier part of the run has logged is moved aside in them."""
+    """The run's folders, without what a checkpoint that was cut short has left."""
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"checkpoint.dir: {directory} cannot be made: {error}") from None
-    metrics = directory / "metrics.csv"
-    if metrics.exists():  # The logger starts a new file; what it would delete is kept.
-        parts = len(list(directory.glob("metrics.part*.csv")))
-        metrics.rename(directory / f"metrics.part{parts + 1}.csv")
+    for path in (directory / "checkpoints").glob("*.ckpt.new"):
+        path.unlink()
 
 
-def _trainer(cfg: DictConfig, directory: Path, further: Sequence[Callback]) -> pl.Trainer:
+def _trainer(
+    cfg: DictConfig, directory: Path, further: Sequence[Callback], start: Start
+) -> pl.Trainer:
     """A Trainer from every key of the configuration that is one of its arguments."""
-    callbacks: list[Callback] = [*further]
+    callbacks: list[Callback] = [EpochSeed(cfg.seed), *further]
     if cfg.get("enable_progress_bar", True):
         # Lines that cannot be overwritten are better few: one for each epoch.
         refresh = 1 if sys.stdout.isatty() else sys.maxsize
         callbacks.append(WeightsProgressBar(refresh_rate=refresh, leave=True))
     if cfg.checkpoint.enabled:
         callbacks.append(
-            ModelCheckpoint(
-                dirpath=directory / "checkpoints",
-                filename=f"{cfg.name}-ep={{epoch}}",
-                auto_insert_metric_name=False,
-                every_n_epochs=cfg.checkpoint.frequency,
-                save_top_k=-1 if cfg.checkpoint.keep_prev else 1,
-                save_on_train_epoch_end=True,
+            EpochCheckpoint(
+                directory / "checkpoints",
+                cfg.name,
+                cfg.checkpoint.frequency,
+                cfg.checkpoint.keep_prev,
             )
         )
-    loggers: list[Logger] = [CSVLogger(str(directory), name="", version="")]
+    loggers: list[Logger] = [ResumableCSVLogger(directory, start.steps)]
     if cfg.wandb.enabled:
-        wandb = SafeWandbLogger(
-            name=cfg.name,
-            project=cfg.wandb.project,
-            entity=cfg.wandb.entity,
-            offline=cfg.wandb.offline,
-            save_dir=str(directory),
-        )
-        container: Any = OmegaConf.to_container(cfg, resolve=True)
-        if wandb.start(container):
+        wandb = _wandb_logger(cfg, directory)
+        if wandb is not None:
             loggers.append(wandb)
             callbacks.append(LearningRateMonitor(logging_interval="step"))
 
     valid = inspect.signature(pl.Trainer.__init__).parameters
-    container = OmegaConf.to_container(cfg, resolve=True)
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
     kwargs = {name: value for name, value in container.items() if name in valid}
     kwargs.update(
         logger=loggers,
@@ -403,6 +487,7 @@ def _trainer(cfg: DictConfig, directory: Path, further: Sequence[Callback]) -> p
         default_root_dir=str(directory),
         enable_checkpointing=cfg.checkpoint.enabled,
         enable_model_summary=False,
+        use_distributed_sampler=False,  # The loaders' own share the images out.
     )
     try:
         return pl.Trainer(**kwargs)
@@ -410,26 +495,30 @@ def _trainer(cfg: DictConfig, directory: Path, further: Sequence[Callback]) -> p
         raise ConfigError(f"trainer: {error}".splitlines()[0]) from None
 
 
-def _save_final(trainer: pl.Trainer, cfg: DictConfig, directory: Path) -> None:
-    """The last epoch's checkpoint too, where ``checkpoint.frequency`` has left it out."""
-    folder = directory / "checkpoints"
-    final = folder / f"{cfg.name}-ep={trainer.current_epoch - 1}.ckpt"
-    if not cfg.checkpoint.enabled or not trainer.global_step or final.exists():
-        return
-    earlier = [] if cfg.checkpoint.keep_prev else list(folder.glob("*.ckpt"))
-    trainer.save_checkpoint(final)
-    if trainer.is_global_zero:
-        for path in earlier:
-            path.unlink()
+def _wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
+    """W&B's logger with its run opened; None, with a warning, if that cannot be done."""
+    try:
+        logger = SafeWandbLogger(
+            name=cfg.name,
+            project=cfg.wandb.project,
+            entity=cfg.wandb.entity,
+            offline=cfg.wandb.offline,
+            save_dir=str(directory),
+        )
+    except ModuleNotFoundError:
+        warnings.warn(
+            "W&B failed and is left out: it is not installed (pip install wandb); metrics.csv "
+            "goes on",
+            stacklevel=2,
+        )
+        return None
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
+    return logger if logger.start(container) else None
 
 
 def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None:
     """``config.yaml`` to train from again, and ``args.json`` as solo-learn's scripts read it."""
-    plain = OmegaConf.to_container(source, resolve=True)
-    assert isinstance(plain, dict)
-    plain.pop("hydra", None)
-    plain.pop("resume_from_checkpoint", None)  # The configuration repeats the run from its start.
-    OmegaConf.save(OmegaConf.create(plain), directory / CONFIG_FILE)
+    OmegaConf.save(OmegaConf.create(_plain(source)), directory / CONFIG_FILE)
     arguments = OmegaConf.to_container(cfg, resolve=True)
     (directory / "checkpoints" / "args.json").write_text(json.dumps(arguments, indent=1))
 

@@ -37,7 +37,8 @@ class _Table:
         rows: list[list[str]] = []
         if kept and path.exists():
             with path.open(newline="") as lines:
-                rows = [row for row in list(csv.reader(lines))[1:] if int(row[0]) <= kept]
+                whole = (row for row in list(csv.reader(lines))[1:] if len(row) == 2 + len(columns))
+                rows = [row for row in whole if int(row[0]) <= kept]
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "epoch", *columns])
@@ -121,10 +122,10 @@ class TrajectoryRecorder(Callback):
         if self.weights is not None and trainer.global_step:
             write_median(self.weights.path, pl_module.weighting.warmup_epochs)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         self._flush()
+        if self.weights is not None and trainer.global_step:
+            write_median(self.weights.path, pl_module.weighting.warmup_epochs)
 
     def _flush(self) -> None:
         if self.weights is not None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -108,17 +107,6 @@ def test_killed_and_started_again_it_is_the_same(whole, tmp_path):
     finished = {path.parent.name for path in tmp_path.glob("grid/*/result.json")}
     assert 1 <= len(finished) < 6
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("grid/*/result.json")}
-    # As if it had been killed in the middle of a training, too.
-    unfinished = tmp_path / "grid" / "grap_tuned-seed2"
-    shutil.copytree(whole[0] / "grap_tuned-seed2", unfinished, dirs_exist_ok=True)
-    config = yaml.safe_load((unfinished / "config.yaml").read_text())
-    config["checkpoint"]["dir"] = str(tmp_path / "grid")
-    (unfinished / "config.yaml").write_text(yaml.safe_dump(config))
-    for name in ("result.json", "trained.json"):
-        (unfinished / name).unlink()
-    (tmp_path / "grid" / "logs" / "grap_tuned-seed2.log").touch()
-    (unfinished / "weights.csv").write_text("step,epoch\n")
-
     again = command(tmp_path, "methods=[fixed,grap,grap_tuned]", "seeds=[1,2]", "processes=2")
     output = again.communicate()[0]
     assert again.returncode == 0, output[-3000:]

@@ -204,12 +204,12 @@ def test_resume_goes_on_from_the_checkpoint_and_loses_nothing(tmp_path, monkeypa
     first = digits("grap", tmp_path / "parts", "max_epochs=3", "log_every_n_steps=1")
     OmegaConf.set_struct(first, False)
 
-    def stop(self, trainer, *args):  # Killed at the end of the second epoch.
+    def stop(self, trainer, *args):  # Killed in the second epoch.
         if trainer.current_epoch == 1:
             raise EOFError
 
     with monkeypatch.context() as patch:
-        patch.setattr("grap_solo.trajectory.TrajectoryRecorder.on_train_epoch_start", stop)
+        patch.setattr("grap_solo.trajectory.TrajectoryRecorder.on_train_batch_start", stop)
         with pytest.raises(EOFError):
             pretrain(first)
     directory = tmp_path / "parts" / "grap-digits"
@@ -224,7 +224,8 @@ def test_resume_goes_on_from_the_checkpoint_and_loses_nothing(tmp_path, monkeypa
     saved = state["weighting.weights"].numpy()
     assert weights[3] / weights[3].sum() == pytest.approx(saved / saved.sum(), rel=1e-5)
     # What the first part had logged is still there, and the configuration starts from the start.
-    assert (directory / "metrics.part1.csv").stat().st_size > 0
+    steps = [row["step"] for row in csv.DictReader((directory / "metrics.csv").open())]
+    assert set(map(int, steps)) == set(range(9))
     assert "resume_from_checkpoint" not in (directory / "config.yaml").read_text()
 
     retrained = retrain([directory], lambda path: OmegaConf.load(path))

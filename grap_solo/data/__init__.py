@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from grap_solo.data.augmentations import (
     Transform,
@@ -23,6 +23,7 @@ from grap_solo.data.datasets import (
     load_images,
     split_labels,
 )
+from grap_solo.data.sampling import EpochSampler, Place, ShareSampler, mixed_seed
 from grap_solo.errors import ConfigError
 
 __all__ = [
@@ -40,7 +41,8 @@ __all__ = [
 
 
 class _Views(Dataset[tuple[int, list[Tensor], int]]):
-    """(index, views, label) of each image: what solo-learn's methods train on."""
+    """(index, views, label) of each image: what solo-learn's methods train on. The views are a
+    function of the image and of the draw that its place names."""
 
     def __init__(self, images: Images, transforms: list[Transform]) -> None:
         self.images, self.transforms = images, transforms
@@ -48,9 +50,12 @@ class _Views(Dataset[tuple[int, list[Tensor], int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[int, list[Tensor], int]:
+    def __getitem__(self, place: Place) -> tuple[int, list[Tensor], int]:
+        draw, index = place
         image, label = self.images[index]
-        return index, [transform(image) for transform in self.transforms], label
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed_seed(draw, index))
+            return index, [transform(image) for transform in self.transforms], label
 
 
 class _Evaluated(Dataset[tuple[Tensor, int]]):
@@ -67,13 +72,16 @@ class _Evaluated(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
 
-def pretrain_loader(cfg: DictConfig, images: Images, together: int) -> DataLoader[Any]:
+def pretrain_loader(
+    cfg: DictConfig, images: Images, together: int, epoch: int = 0
+) -> DataLoader[Any]:
     """Shuffled batches ``[indexes, views, labels]``; the last, smaller one is dropped.
 
     Args:
         cfg: the configuration.
         images: what to train on.
         together: the images of one step, over all devices.
+        epoch: the first that is to be drawn.
 
     Raises:
         ConfigError: fewer images than one batch needs.
@@ -84,20 +92,24 @@ def pretrain_loader(cfg: DictConfig, images: Images, together: int) -> DataLoade
             f"{len(images)}: use a smaller batch"
         )
     dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
-    return _loader(cfg, dataset, shuffle=True, drop_last=True)
+    return _loader(cfg, dataset, EpochSampler(len(images), cfg.seed, epoch), drop_last=True)
 
 
-def labelled_loader(cfg: DictConfig, images: Images, together: int) -> DataLoader[Any]:
+def labelled_loader(
+    cfg: DictConfig, images: Images, together: int, epoch: int = 0
+) -> DataLoader[Any]:
     """Shuffled batches of views of held-out images, as :func:`pretrain_loader` gives them; one
     smaller batch where there are fewer images than a batch holds."""
     dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
-    return _loader(cfg, dataset, shuffle=True, drop_last=len(images) >= together)
+    sampler = EpochSampler(len(images), mixed_seed(cfg.seed, 1), epoch)
+    return _loader(cfg, dataset, sampler, drop_last=len(images) >= together)
 
 
 def evaluation_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:
     """Batches ``[images, labels]`` in order, without augmentation."""
     transform = build_evaluation(cfg.data.dataset, cfg.augmentations)
-    return _loader(cfg, _Evaluated(images, transform), shuffle=False, drop_last=False)
+    sampler = ShareSampler(len(images))
+    return _loader(cfg, _Evaluated(images, transform), sampler, drop_last=False)
 
 
 def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
@@ -125,12 +137,15 @@ def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
     return int(expected)
 
 
-def _loader(cfg: DictConfig, dataset: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
+def _loader(
+    cfg: DictConfig, dataset: Dataset[Any], sampler: Sampler[Any], drop_last: bool
+) -> DataLoader[Any]:
     return DataLoader(
         dataset,
+        sampler=sampler,
+        drop_last=drop_last,
         batch_size=cfg.optimizer.batch_size,
         num_workers=cfg.data.num_workers,
         persistent_workers=cfg.data.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        **kwargs,
     )

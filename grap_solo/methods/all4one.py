@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from grap_solo.balance import HeldOut, SharedHead, Step, balance
 from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_cosine
 from grap_solo.distributed import gather, mean_over_processes
-from grap_solo.errors import ConfigError
+from grap_solo.errors import ConfigError, RunStopped
 from grap_solo.methods.losses import Views, contrast, correlation_losses, probe_loss
 from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.solo import All4One, register_backbone
@@ -76,6 +76,8 @@ class GrapAll4One(All4One):
             - ``weighting``: see :func:`~grap_solo.weighting.build_weighting`; GraP when absent;
             - ``diagnostics.parameter_space_every``: steps between two measurements of
               :func:`~grap_solo.diagnostics.parameter_space_cosine`; 0, the default, for none;
+            - ``diagnostics.max_skipped_steps``: how many steps in a row may be left out because
+              their loss or gradients are not finite, before the run is stopped;
             - ``method_kwargs.join_feature_loss``: ``feature`` in place of ``byol``, ``barlow``;
             - ``method_kwargs.separate_projectors``: a projector for each term. ``nnclr`` has
               All4One's own, which feeds the queue that both neighbour terms read; ``attn_nnclr``
@@ -123,6 +125,8 @@ class GrapAll4One(All4One):
                     self.momentum_projectors[term] = momentum
         self._freeze_what_no_term_uses()
         self.parameter_space_every: int = self.cfg.diagnostics.parameter_space_every
+        self.max_skipped_steps: int = self.cfg.diagnostics.max_skipped_steps
+        self.skipped_in_a_row = 0
         self.effective_weights: Tensor = self.weighting.reference
         self.diagnostics: dict[str, Tensor] = {}
         self._losses_again: Callable[[], dict[str, Tensor]] | None = None
@@ -157,6 +161,7 @@ class GrapAll4One(All4One):
         cfg.setdefault("weighting", {"name": "grap"})
         cfg.setdefault("diagnostics", {})
         cfg.diagnostics.setdefault("parameter_space_every", 0)
+        cfg.diagnostics.setdefault("max_skipped_steps", 100)
         return cfg
 
     @property
@@ -180,13 +185,18 @@ class GrapAll4One(All4One):
 
     # ---- one step ---------------------------------------------------------------------------
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """One step's scalar, whose backward is the weighting's step, from a batch of both views.
+
+        None where it is not finite: the optimiser then changes nothing.
 
         Args:
             batch: ``[indexes, [view1, view2], labels]``; or one of these for ``train`` and one
                 for ``labelled``, a batch that is held out from the terms' training.
-            batch_idx: not used.
+            batch_idx: the batch's place in the epoch.
+
+        Raises:
+            RunStopped: too many steps in a row that are not finite.
         """
         labelled = None
         if isinstance(batch, Mapping):
@@ -210,7 +220,11 @@ class GrapAll4One(All4One):
             return down[-1]
 
         self.weighting.train(self.current_epoch >= self.weighting.warmup_epochs)
+        if batch_idx == 0 and self.current_epoch:
+            self.weighting.end_epoch()  # Here, a checkpoint of the epoch before is without it.
         step = balance(out["feats"], terms, downstream, self.weighting, self.shared, held_out)
+        if not self._is_usable(step):
+            return None
         self.effective_weights = step.weights
         self._diagnose(step, down, out["feats"], labelled is not None)
         if self.weighting.needs_losses_after:
@@ -228,6 +242,26 @@ class GrapAll4One(All4One):
         if labelled is not None:
             self._log_labelled(down, labelled[2])
         return step.loss + out.get("momentum_loss", 0)
+
+    @torch.no_grad()
+    def _is_usable(self, step: Step) -> bool:
+        """Whether a step's scalar is finite in every process, and with it all that it was made of:
+        the gradients of the terms by the embeddings too."""
+        finite = mean_over_processes(step.loss.detach().isfinite().float()) == 1
+        self.log("skipped/step", (~finite).float(), on_step=False, on_epoch=True, batch_size=1)
+        if finite:
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            losses = {**step.losses, "the probe's loss": step.downstream}
+            bad = [name for name, each in losses.items() if not each.isfinite()]
+            raise RunStopped(
+                f"diagnostics.max_skipped_steps: {self.skipped_in_a_row} steps in a row were not "
+                f"finite ({', '.join(bad) or 'gradients'}): the run is stopped, and its "
+                "checkpoints are from before; try a lower optimizer.lr, or 32-true precision"
+            )
+        return False
 
     @torch.no_grad()
     def _targets(self, momentum_z: Views, momentum_feats: Views) -> tuple[Tensor | None, Targets]:
@@ -433,11 +467,6 @@ class GrapAll4One(All4One):
             losses = self._losses_again()
         values = torch.stack([losses[term] for term in self.weighting.terms])
         self.weighting.after_step(mean_over_processes(values))
-
-    def on_train_epoch_start(self) -> None:
-        """Ends the epoch before for the weighting: a checkpoint of that epoch is without it."""
-        if self.current_epoch:
-            self.weighting.end_epoch()
 
     # ---- checkpoints ------------------------------------------------------------------------
 

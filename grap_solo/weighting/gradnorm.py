@@ -69,10 +69,12 @@ class GradNorm(Weighting):
         norms = statistics.gramian.diagonal().clamp(min=0).sqrt()
         losses = statistics.losses.to(norms.dtype)
         initial = torch.where(self.initial.any(), self.initial.to(norms.dtype), losses)
-        gradient = (weights * norms - self.targets(weights, norms, losses, initial)).sign() * norms
+        targets = self.targets(weights, norms, losses, initial)
+        gradient = (weights * norms - targets).sign() * norms
         moved = (weights - self.lr * gradient).clamp(min=0)
         moved = moved * len(moved) / moved.sum()
-        usable = moved.isfinite().all()
+        # The targets and losses too: the sign of NaN is 0, and a power of 0 makes 1 of it.
+        usable = torch.stack([moved, targets, losses]).isfinite().all()
         for state, new in ((self.weights, moved), (self.initial, initial)):
             state.copy_(torch.where(usable, new.to(state.dtype), state))
 

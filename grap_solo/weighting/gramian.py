@@ -25,7 +25,9 @@ class GramianWeighting(Weighting):
 
     The algebra is done on the CPU in float64. A rule that draws random numbers draws them from a
     stream of its own, given by the number of the step, so that it changes nothing else and is the
-    same in every process. A Gramian that is not finite, or 0, gives equal weights.
+    same in every process. A Gramian that is not finite, or 0, gives equal weights. A gradient whose
+    squared norm is too small for a normal number counts as 0: what little is left of its products
+    with the others need not go with it, and the solvers divide by it.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
@@ -50,6 +52,8 @@ class GramianWeighting(Weighting):
         assert statistics.gramian is not None
         gramian = statistics.gramian.double().cpu()
         self.calls += self.training
+        gone = gramian.diagonal() < torch.finfo(statistics.gramian.dtype).tiny
+        gramian = gramian.masked_fill(gone | gone[:, None], 0)
         size = gramian.trace()
         if not gramian.isfinite().all() or size <= 0:
             return torch.full_like(statistics.gramian[0], 1 / len(self.terms))

@@ -176,7 +176,7 @@ class GraP(Weighting):
         causes = torch.stack(
             [
                 norm == 0,
-                ~(gradient.isfinite().all() & composite.isfinite()),
+                ~(gradient.isfinite().all() & composite.isfinite() & norm.isfinite()),
                 composite <= 0,
                 ~moved.any(),
             ]

@@ -44,5 +44,9 @@ def min_norm_weights(gramian: np.ndarray) -> np.ndarray:
         return np.full(count, 1 / count)
     values, vectors = np.linalg.eigh(gramian / size)
     root = np.sqrt(values.clip(min=0))[:, None] * vectors.T  # root^T root is the Gramian.
-    solution, _ = nnls(np.vstack([root, np.ones(count)]), np.append(np.zeros(count), 1.0))
+    # Few need more than 3 K iterations, scipy's limit, but it raises for them: where a term has no
+    # gradient the minimum is 0, and rounding errors bring terms in and out.
+    solution, _ = nnls(
+        np.vstack([root, np.ones(count)]), np.append(np.zeros(count), 1.0), maxiter=100 * count
+    )
     return solution / solution.sum()

@@ -6,6 +6,7 @@ sources they stand before the losses, for backbone and heads alike, and no gradi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,13 +103,20 @@ class FAMO(Weighting):
 
     def after_step(self, losses: Tensor) -> None:
         losses = losses.float().cpu()
-        if self.training and losses.isfinite().all():
+        before = self.scalarizer._prev_losses
+        both = losses if before is None else torch.stack([before, losses])
+        # One logarithm that is not finite would stay in the logits for ever.
+        if self.training and both.isfinite().all() and both.min() >= 0:
             self.scalarizer.update(losses)
 
     def get_extra_state(self) -> dict[str, Any]:
-        optimizer = self.scalarizer._optimizer
-        state = None if optimizer is None else optimizer.state_dict()
-        return {"logits": self.scalarizer._w.detach().clone(), "optimizer": state}
+        optimizer, before = self.scalarizer._optimizer, self.scalarizer._prev_losses
+        state = {
+            "logits": self.scalarizer._w.detach(),
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "losses": before,
+        }
+        return copy.deepcopy(state)  # Loading an optimiser's state does not copy it.
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._start()
@@ -120,6 +128,7 @@ class FAMO(Weighting):
             self.scalarizer.update(ones)
             assert self.scalarizer._optimizer is not None
             self.scalarizer._optimizer.load_state_dict(state["optimizer"])
+        self.scalarizer._prev_losses = state.get("losses")
         with torch.no_grad():
             self.scalarizer._w.copy_(state["logits"])
 

@@ -1,0 +1,174 @@
+"""Checkpoints that are whole or not there, and going on from the newest one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from grap_solo.data.sampling import mixed_seed
+
+METRICS_FILE = "metrics.csv"
+
+
+class EpochCheckpoint(Checkpoint):
+    """A checkpoint at the end of every ``frequency`` epochs and of the last one.
+
+    It is written beside its place, brought to the disk and moved into it only when the epoch's
+    metrics are on the disk too, so that what a resumed run finds is of one moment. The one before
+    is removed after that.
+
+    Args:
+        folder: where to.
+        name: the run's name: files are ``<name>-ep=<epoch>.ckpt``.
+        frequency: epochs between two checkpoints.
+        keep: keep all of them.
+    """
+
+    def __init__(self, folder: Path, name: str, frequency: int = 1, keep: bool = False) -> None:
+        self.folder, self.name, self.frequency, self.keep = folder, name, frequency, keep
+        self.waiting: tuple[Path, Path] | None = None
+        self.saved_at = -1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch
+        if (epoch + 1) % self.frequency == 0 or epoch + 1 == trainer.max_epochs:
+            self._save(trainer, epoch)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._commit(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._commit(trainer)
+        if trainer.global_step and self.saved_at != trainer.global_step:  # Ended by its steps.
+            self._save(trainer, max(trainer.current_epoch - 1, 0))
+            self._commit(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Interrupted from the keyboard: what has been trained so far is written too."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
+            trainer.save_checkpoint(self.folder / f"{self.name}-interrupted.ckpt")
+
+    def _save(self, trainer: Trainer, epoch: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / f"{self.name}-ep={epoch}.ckpt"
+        waiting = final.with_suffix(".ckpt.new")
+        trainer.save_checkpoint(waiting)
+        self.waiting, self.saved_at = (waiting, final), trainer.global_step
+
+    def _commit(self, trainer: Trainer) -> None:
+        if self.waiting is None:
+            return
+        waiting, final = self.waiting
+        self.waiting = None
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        _to_disk(waiting)
+        os.replace(waiting, final)
+        _to_disk(self.folder)
+        if not self.keep:
+            for path in epoch_checkpoints(self.folder, self.name):
+                if path != final:
+                    path.unlink()
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def epoch_checkpoints(folder: Path, name: str) -> list[Path]:
+    """A run's checkpoints, the newest epoch first."""
+
+    def epoch(path: Path) -> int:
+        number = path.stem.removeprefix(f"{name}-ep=")
+        return int(number) if number.isdigit() else -1
+
+    return sorted((p for p in folder.glob("*.ckpt") if epoch(p) >= 0), key=epoch, reverse=True)
+
+
+def newest_whole(folder: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that can be read, and what it holds; None without any.
+
+    One that is cut short or foreign is skipped with a warning.
+    """
+    for path in epoch_checkpoints(folder, name):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state["state_dict"], state["global_step"], state["epoch"]
+        except Exception as error:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"{path} is not a whole checkpoint and is left out: {line}", stacklevel=2)
+            continue
+        return path, state
+    return None
+
+
+class EpochSeed(Callback):
+    """Starts the random numbers of each epoch (dropout's) anew from seed and epoch, so that they do
+    not depend on what was drawn before.
+
+    Args:
+        seed: the run's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:
+            draw = mixed_seed(self.seed, trainer.current_epoch, trainer.global_rank)
+            random.seed(draw)
+            np.random.seed(draw)
+            torch.manual_seed(draw)
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Lightning's ``metrics.csv``, which goes on where a checkpoint left it.
+
+    Args:
+        folder: where to write.
+        steps: the optimiser steps after which to go on; 0 starts a new file.
+    """
+
+    def __init__(self, folder: Path, steps: int = 0) -> None:
+        super().__init__(str(folder), name="", version="")
+        path = folder / METRICS_FILE
+        rows: list[dict[str, str]] = []
+        if steps and path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
+        self.earlier = rows
+
+    @property
+    def experiment(self) -> Any:
+        started = self._experiment is not None
+        writer = super().experiment
+        if not started and self.earlier and isinstance(self.earlier, list):
+            rows, self.earlier = self.earlier, []
+            keys = sorted({key for row in rows for key, value in row.items() if value})
+            with open(writer.metrics_file_path, "w", newline="") as file:
+                table = csv.DictWriter(file, keys, extrasaction="ignore")
+                table.writeheader()
+                table.writerows(rows)
+            writer.metrics_keys = keys
+        return writer
