@@ -99,12 +99,11 @@ def compare(
     with only_one(directory):
         for cell in cells:
             _check(cell)
-        start = time.monotonic()
         _run_all(cells, directory, processes)
         results = [read_json(c.directory / RESULT_FILE) or _failure(c, directory) for c in cells]
         runs = table_of_runs(results)
         rows = [each for each in dict.fromkeys(methods)]
-        notes = _notes(cells, runs, time.monotonic() - start)
+        notes = _notes(cells, runs)
         costs = read_json(directory / COST_FILE) or {}
         # Once before what may yet fail.
         write_summary(directory, runs, table_of_methods(runs, rows, costs), notes)
@@ -436,7 +435,7 @@ def _prepared(cell: Cell) -> DictConfig:
     return cfg
 
 
-def _notes(cells: Sequence[Cell], runs: Any, seconds: float) -> str:
+def _notes(cells: Sequence[Cell], runs: Any) -> str:
     cfg = cells[0].cfg
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(cell.seed for cell in cells))
     trained = runs["seconds"].sum()
@@ -447,7 +446,7 @@ def _notes(cells: Sequence[Cell], runs: Any, seconds: float) -> str:
         "taken in turns in one process, with the run that a method starts from. p: Welch's t-test "
         "of the linear probe against fixed, Holm-corrected over the table. The weights are the "
         f"median over a run's steps, averaged over the seeds. All trainings together took "
-        f"{trained:.0f} s, this command {seconds:.0f} s."
+        f"{trained:.0f} s."
     )
 
 

@@ -42,6 +42,7 @@ data:
   no_labels: false
   fraction: -1
   num_workers: 4
+  batched: false
   download: true
 optimizer: {kwargs: {}}
 scheduler: {interval: step}
@@ -83,6 +84,7 @@ OPTIONAL: dict[str, tuple[type, float | None]] = {
     "diagnostics.max_skipped_steps": (int, 1),
     "pretrained_feature_extractor": (str, None),
     "data.no_labels": (bool, None),
+    "data.batched": (bool, None),
     "data.download": (bool, None),
     "method_kwargs.queue_size": (int, 5),  # The neighbours of a sample.
     "method_kwargs.join_feature_loss": (bool, None),

@@ -52,6 +52,7 @@ def config(block, batch_size=4, **changes):
     pipelines = [{**PLAIN, **changes, "num_crops": 2}]
     return OmegaConf.create(
         {
+            "seed": 0,
             "data": block,
             "augmentations": pipelines,
             "optimizer": {"batch_size": batch_size},

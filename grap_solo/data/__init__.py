@@ -15,6 +15,7 @@ from grap_solo.data.augmentations import (
     build_views,
     count_crops,
 )
+from grap_solo.data.batched import BatchedLoader, batched_loader
 from grap_solo.data.datasets import (
     DATASETS,
     FORMATS,
@@ -74,8 +75,9 @@ class _Evaluated(Dataset[tuple[Tensor, int]]):
 
 def pretrain_loader(
     cfg: DictConfig, images: Images, together: int, epoch: int = 0
-) -> DataLoader[Any]:
-    """Shuffled batches ``[indexes, views, labels]``; the last, smaller one is dropped.
+) -> DataLoader[Any] | BatchedLoader:
+    """Shuffled batches ``[indexes, views, labels]``; the last, smaller one is dropped. With
+    ``data.batched`` the images lie decoded in memory and the views are made a batch at a time.
 
     Args:
         cfg: the configuration.
@@ -84,25 +86,24 @@ def pretrain_loader(
         epoch: the first that is to be drawn.
 
     Raises:
-        ConfigError: fewer images than one batch needs.
+        ConfigError: fewer images than one batch needs; for ``data.batched``, images of more than
+            one size.
     """
     if together > len(images):
         raise ConfigError(
             f"optimizer.batch_size: {together} images a step, but the training set has only "
             f"{len(images)}: use a smaller batch"
         )
-    dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
-    return _loader(cfg, dataset, EpochSampler(len(images), cfg.seed, epoch), drop_last=True)
+    return _training(cfg, images, EpochSampler(len(images), cfg.seed, epoch), drop_last=True)
 
 
 def labelled_loader(
     cfg: DictConfig, images: Images, together: int, epoch: int = 0
-) -> DataLoader[Any]:
+) -> DataLoader[Any] | BatchedLoader:
     """Shuffled batches of views of held-out images, as :func:`pretrain_loader` gives them; one
     smaller batch where there are fewer images than a batch holds."""
-    dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
     sampler = EpochSampler(len(images), mixed_seed(cfg.seed, 1), epoch)
-    return _loader(cfg, dataset, sampler, drop_last=len(images) >= together)
+    return _training(cfg, images, sampler, drop_last=len(images) >= together)
 
 
 def evaluation_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:
@@ -135,6 +136,15 @@ def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
             + (" or number" if data.dataset == "custom" else "")
         )
     return int(expected)
+
+
+def _training(
+    cfg: DictConfig, images: Images, sampler: EpochSampler, drop_last: bool
+) -> DataLoader[Any] | BatchedLoader:
+    if cfg.data.get("batched", False):
+        return batched_loader(cfg, images, sampler, drop_last)
+    dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
+    return _loader(cfg, dataset, sampler, drop_last)
 
 
 def _loader(
