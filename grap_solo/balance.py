@@ -260,7 +260,7 @@ HALF_SCALE = 2.0**14
 def _inner_scale(embedding: Tensor) -> float:
     """What the inner gradients are multiplied by on their way through the heads, where that is in
     float16: below 6e-8 they would be 0 there. It is undone in float32, and has nothing to do with
-    the trainer's own scale."""
+    the trainer's own scale. A gradient of 4 or more does not fit: such a step is left out."""
     device = embedding.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     half = torch.float16 in (embedding.dtype, autocast)

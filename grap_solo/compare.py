@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.bench import step_costs
-from grap_solo.config import images_per_step, prepare, run_dir
+from grap_solo.config import prepare, run_dir
 from grap_solo.data import evaluation_loader, load_images, resolve_num_classes
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.evaluate import device_of, evaluate
@@ -30,7 +30,7 @@ from grap_solo.train import (
     CONFIG_FILE,
     TRAINED_FILE,
     newest_checkpoint,
-    no_validation,
+    prepare_one_of_many,
     pretrain,
 )
 from grap_solo.trajectory import WEIGHTS_FILE, median_weights
@@ -159,28 +159,9 @@ def plan(
                     mine.weighting = {"name": "supervised"}
                     OmegaConf.update(mine, "labels.split", "train", force_add=True)
             mine.name = f"{method}-seed{seed}"
-            _check_configuration(mine)
+            prepare_one_of_many(mine, "a comparison")
             cells.append(Cell(method, seed, mine, parent))
     return cells
-
-
-def _check_configuration(mine: DictConfig) -> None:
-    """Whether a run can be trained and evaluated here.
-
-    Raises:
-        ConfigError: no labelled validation images, several devices, or what ``prepare`` refuses.
-    """
-    cfg = prepare(mine)
-    if no_validation(cfg):
-        raise ConfigError(
-            "data.val_path: a comparison evaluates on labelled validation images: give some, and "
-            "leave out data.no_labels"
-        )
-    if images_per_step(cfg) != cfg.optimizer.batch_size:
-        raise ConfigError(
-            "devices: a comparison trains each run on one device: set devices=1, num_nodes=1, and "
-            "optimizer.batch_size to the images of a step"
-        )
 
 
 def _root(method: str, definitions: Mapping[str, Any]) -> tuple[str, str | None]:

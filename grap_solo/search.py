@@ -28,12 +28,12 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from grap_solo.config import images_per_step, prepare, run_dir, terms_of
+from grap_solo.config import run_dir, terms_of
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.files import only_one, read_json, write_json
 from grap_solo.plots import COLORS
 from grap_solo.summary import markdown
-from grap_solo.train import no_validation, pretrain
+from grap_solo.train import prepare_one_of_many, pretrain
 from grap_solo.trajectory import MEDIAN_FILE, read_median
 
 STUDY_FILE = "study.db"
@@ -93,7 +93,7 @@ def search(
     for key, value, least in (("trials", trials, 1), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"{key}: expected a whole number of {least} or more, got {value}")
-    cfg = _checked(source)
+    cfg = prepare_one_of_many(source, "a search")
     plain = _plain(source)
     settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": plain}
     settings = json.loads(json.dumps(settings, default=str))  # As the study gives them back.
@@ -114,23 +114,6 @@ def search(
 
 
 # ---- the configuration and the directory ------------------------------------------------------
-
-
-def _checked(source: DictConfig) -> DictConfig:
-    """The prepared configuration, if a search can use it.
-
-    Raises:
-        ConfigError: no labelled validation images, several devices, or what ``prepare`` refuses.
-    """
-    cfg = prepare(source)
-    if no_validation(cfg):
-        raise ConfigError(
-            "data.val_path: a search compares validation accuracies: give labelled validation "
-            "images, and leave out data.no_labels"
-        )
-    if images_per_step(cfg) != cfg.optimizer.batch_size:
-        raise ConfigError("devices: a search trains on one device: set devices=1 and num_nodes=1")
-    return cfg
 
 
 def _plain(source: DictConfig) -> dict[str, Any]:

@@ -528,6 +528,30 @@ def _is_first_process() -> bool:
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
+def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:
+    """The prepared configuration of a run that is compared with others on validation images.
+
+    Args:
+        source: as :func:`pretrain` takes it.
+        what: who compares, for the errors' text.
+
+    Raises:
+        ConfigError: no labelled validation images, several devices, or what ``prepare`` refuses.
+    """
+    cfg = prepare(source)
+    if no_validation(cfg):
+        raise ConfigError(
+            f"data.val_path: {what} compares accuracies on labelled validation images: give some, "
+            "and leave out data.no_labels"
+        )
+    if images_per_step(cfg) != cfg.optimizer.batch_size:
+        raise ConfigError(
+            f"devices: {what} trains each run on one device: set devices=1, num_nodes=1, and "
+            "optimizer.batch_size to the images of a step"
+        )
+    return cfg
+
+
 def no_validation(cfg: DictConfig) -> bool:
     """Whether a run has no labelled images to validate on."""
     missing = cfg.data.dataset != "digits" and cfg.data.val_path is None

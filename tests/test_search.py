@@ -302,11 +302,11 @@ def test_where_the_runs_go_and_what_they_are_called_is_no_difference(done):
         ([], {"trials": 0}, "trials: expected a whole number of 1 or more, got 0"),
         ([], {"seed": -1}, "seed: expected a whole number of 0 or more, got -1"),
         (["max_epochs=0"], {}, "max_epochs: expected a whole number"),
-        (["devices=2", "+strategy=ddp"], {}, "devices: a search trains on one device"),
+        (["devices=2", "+strategy=ddp"], {}, "devices: a search trains each run on one device"),
         (
             ["data.dataset=custom", "+data.train_path=images"],
             {},
-            "data.val_path: .* give labelled validation images",
+            "data.val_path: .* labelled validation images: give some",
         ),
     ],
     ids=str,

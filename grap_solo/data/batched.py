@@ -34,7 +34,8 @@ BLUR_PASSES = 3  # PIL's: its Gaussian blur is a box blur, this often.
 
 
 def resize_boxes(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """PIL's bicubic resize, with antialiasing, of a box of each image.
+    """PIL's bicubic resize, with antialiasing, of a box of each image: across, then down. (Where a
+    box shrinks in height, PIL goes down first since version 13: the roundings differ.)
 
     Args:
         images: uint8, shape (B, 3, H, W).
