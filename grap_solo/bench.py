@@ -166,7 +166,7 @@ def torchjd_step(
     backbone, _heads = _parameters(model)
     losses = list(terms(*embeddings).values())
     downstream(*(each.detach() for each in embeddings)).backward()
-    mtl_backward(losses, features=list(embeddings), parallel_chunk_size=1)
+    mtl_backward(losses, features=list(embeddings), parallel_chunk_size=1, retain_graph=True)
     jac_to_grad(backbone, UPGrad())
     return _done(torch.ones(len(losses)), Statistics(torch.stack(losses).detach()))
 
