@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from grap_solo.data.sampling import mixed_seed
+from grap_solo.files import whole_file
 
 METRICS_FILE = "metrics.csv"
 
@@ -152,7 +153,9 @@ class ResumableCSVLogger(CSVLogger):
 
     def __init__(self, folder: Path, steps: int = 0) -> None:
         super().__init__(str(folder), name="", version="")
-        path = folder / METRICS_FILE
+        # Lightning removes the file when it starts: until ours is in its place there is a copy.
+        self.copy = folder / f"{METRICS_FILE}.copy"
+        path = self.copy if self.copy.exists() else folder / METRICS_FILE
         rows: list[dict[str, str]] = []
         if steps and path.exists():
             with path.open(newline="") as file:
@@ -161,14 +164,17 @@ class ResumableCSVLogger(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        started = self._experiment is not None
-        writer = super().experiment
-        if not started and self.earlier and isinstance(self.earlier, list):
-            rows, self.earlier = self.earlier, []
-            keys = sorted({key for row in rows for key, value in row.items() if value})
-            with open(writer.metrics_file_path, "w", newline="") as file:
+        if self._experiment is not None or not isinstance(self.earlier, list):
+            return super().experiment
+        rows, self.earlier = self.earlier, []
+        keys = sorted({key for row in rows for key, value in row.items() if value})
+        if rows:
+            with whole_file(self.copy) as file:
                 table = csv.DictWriter(file, keys, extrasaction="ignore")
                 table.writeheader()
                 table.writerows(rows)
+        writer = super().experiment
+        if rows:
+            os.replace(self.copy, writer.metrics_file_path)
             writer.metrics_keys = keys
         return writer

@@ -7,6 +7,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -293,7 +294,6 @@ def _demo(arguments: list[str]) -> None:
 
 def _run(arguments: list[str]) -> None:
     """Registers the methods, then hands over to the script as if it had been started itself."""
-    import grap_solo.methods  # noqa: F401  (adds the methods to solo-learn's)
     from grap_solo.errors import ConfigError
     from grap_solo.solo import BASE
 
@@ -303,6 +303,7 @@ def _run(arguments: list[str]) -> None:
     if BASE != "solo-learn":
         raise ConfigError("run: solo-learn's main branch cannot be imported: put it on PYTHONPATH")
     sys.argv = arguments
+    import_module("grap_solo.methods")  # Adds the methods to solo-learn's.
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     runpy.run_path(arguments[0], run_name="__main__")
 

@@ -8,16 +8,24 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from grap_solo.errors import ConfigError
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A file to write, which takes its place when it is whole; until then what was there stays."""
+    waiting = path.with_name(path.name + ".new")
+    with waiting.open("w", newline="") as file:
+        yield file
+    os.replace(waiting, path)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file, whole or not at all."""
-    waiting = path.with_name(path.name + ".new")
-    waiting.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(waiting, path)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:

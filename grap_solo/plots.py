@@ -198,8 +198,8 @@ def plot_weight_panels(
     drawn = dict.fromkeys(term for terms in panels.values() for term in terms)
     handles = [Line2D([], [], color=colors[term], linewidth=2, label=term) for term in drawn]
     if any(references.values()):
-        dashed = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1.1}
-        handles.append(Line2D([], [], **dashed, label="reference weight"))  # type: ignore[arg-type]
+        dashed: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1.1}
+        handles.append(Line2D([], [], **dashed, label="reference weight"))
     _finish(figure, handles, "epoch", "effective weight")
     _save(figure, target)
 

@@ -40,7 +40,7 @@ from grap_solo.data import (
     split_labels,
 )
 from grap_solo.errors import ConfigError, RunStopped
-from grap_solo.files import write_json
+from grap_solo.files import whole_file, write_json
 from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
 from grap_solo.solo import describe_base
@@ -518,7 +518,8 @@ def _wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
 
 def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None:
     """``config.yaml`` to train from again, and ``args.json`` as solo-learn's scripts read it."""
-    OmegaConf.save(OmegaConf.create(_plain(source)), directory / CONFIG_FILE)
+    with whole_file(directory / CONFIG_FILE) as file:
+        OmegaConf.save(OmegaConf.create(_plain(source)), file)
     arguments = OmegaConf.to_container(cfg, resolve=True)
     (directory / "checkpoints" / "args.json").write_text(json.dumps(arguments, indent=1))
 

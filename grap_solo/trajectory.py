@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from grap_solo.errors import ConfigError
+from grap_solo.files import whole_file
 from grap_solo.weighting import CAUSES
 
 WEIGHTS_FILE = "weights.csv"
@@ -39,7 +40,7 @@ class _Table:
             with path.open(newline="") as lines:
                 whole = (row for row in list(csv.reader(lines))[1:] if len(row) == 2 + len(columns))
                 rows = [row for row in whole if int(row[0]) <= kept]
-        with path.open("w", newline="") as file:
+        with whole_file(path) as file:  # Killed here, the earlier rows are still there.
             writer = csv.writer(file)
             writer.writerow(["step", "epoch", *columns])
             writer.writerows(rows)
@@ -86,7 +87,8 @@ class TrajectoryRecorder(Callback):
         if not trainer.is_global_zero:
             return
         if self.directory is None:
-            paths = [getattr(each, "path", None) for each in trainer.callbacks]  # type: ignore[attr-defined]
+            callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+            paths = [getattr(each, "path", None) for each in callbacks]
             given = next((path for path in paths if path is not None), trainer.default_root_dir)
             self.directory = Path(given)
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -110,8 +110,8 @@ class GrapAll4One(All4One):
         kwargs = self.cfg.method_kwargs
         self.joined: bool = kwargs.join_feature_loss
         reference = JOINED_REFERENCE if self.joined else REFERENCE
-        block = OmegaConf.to_container(self.cfg.weighting, resolve=True)
-        self.weighting = build_weighting(block, tuple(reference), reference)  # type: ignore[arg-type]
+        rule: Any = OmegaConf.to_container(self.cfg.weighting, resolve=True)
+        self.weighting = build_weighting(rule, tuple(reference), reference)
 
         weighted = self.weighting.needs_gradients and self.weighting.shared_heads == "weights"
         shares = weighted and not kwargs.separate_projectors
@@ -167,10 +167,12 @@ class GrapAll4One(All4One):
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
         """The base's parameter groups, the separate projectors' and the weighting's, if any."""
-        groups = [{"params": each.parameters()} for each in self.projectors.values()]
+        groups: list[dict[str, Any]] = [
+            {"params": each.parameters()} for each in self.projectors.values()
+        ]
         learned = list(self.weighting.parameters())
         if learned:
-            groups.append({"params": learned, "weight_decay": 0})  # type: ignore[dict-item]
+            groups.append({"params": learned, "weight_decay": 0})
         return [*super().learnable_params, *groups]
 
     @property

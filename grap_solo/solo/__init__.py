@@ -7,6 +7,7 @@ above this module is written once and does not know which.
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 from grap_solo.errors import ConfigError
@@ -17,11 +18,7 @@ except ImportError as error:
     from grap_solo.solo.all4one import All4One
 
     BASE = "grap_solo"
-    try:
-        import solo  # noqa: F401  (only whether it is there)
-    except ImportError:
-        pass
-    else:
+    if find_spec("solo") is not None:
         warnings.warn(
             f"the installed solo-learn gives no All4One ({error}): using grap-solo's own. The "
             "registry's release of 2021 has none: install solo-learn's main branch instead",
