@@ -31,6 +31,7 @@ class Step:
         downstream: the downstream head's loss, shape ().
         weights: the effective weights, shape (K,), in the order of ``weighting.terms``.
         statistics: what the weighting has looked at: of the held-out batch, if there was one.
+        finite: whether all of this is finite, in every process, shape (): else leave the step out.
         gradients: of each term by each view of the embeddings; empty where none were needed.
     """
 
@@ -39,6 +40,7 @@ class Step:
     downstream: Tensor
     weights: Tensor
     statistics: Statistics
+    finite: Tensor
     gradients: Rows = ()
 
     @property
@@ -135,8 +137,13 @@ def balance(
 
     The inner gradients are taken by ``z'`` only, so the hooks of parameters (DDP's among them)
     fire once, in the one real backward. In a process group the Gramian and the products are those
-    of the joined batch, at the cost of one all-reduce of K*K + K + 1 numbers, and K more for a
-    rule that looks at the losses.
+    of the joined batch, at the cost of one all-reduce: K*K + K numbers, the downstream norm,
+    whether all is finite, and K more for a rule that looks at the losses.
+
+    Where the heads run in float16, the inner gradients are multiplied by ``weighting.inner_scale``
+    on their way, and divided by it in float32: below 6e-8 they would be 0. A step for which the
+    scale was too large is not finite; the next one has half of it. It has nothing to do with the
+    trainer's own scale.
 
     Args:
         embeddings: the backbone's output, (B, D), or a sequence of them, one for each view.
@@ -151,8 +158,9 @@ def balance(
             ``downstream``, which is then called with its embeddings.
 
     Raises:
-        ConfigError: ``terms`` returned other names than the weighting has, or ``held_out`` is
-            given to a weighting whose downstream loss trains the backbone.
+        ConfigError: ``terms`` returned other names than the weighting has, ``held_out`` is given
+            to a weighting whose downstream loss trains the backbone, or a head was compiled so
+            that no more than one gradient can pass it.
     """
     views = (embeddings,) if isinstance(embeddings, Tensor) else tuple(embeddings)
     labelled = views if held_out is None else tuple(held_out.embeddings)
@@ -164,7 +172,7 @@ def balance(
         parts = _from_gradients(views, labelled, terms, downstream, weighting, shared, held_out)
     else:
         parts = _plain(views, labelled, terms, downstream, weighting)
-    loss, losses, down, weights, statistics, rows = parts
+    loss, losses, down, weights, statistics, finite, rows = parts
     extra = weighting.extra_loss(statistics.losses)
     return Step(
         loss=loss if extra is None else loss + extra,
@@ -176,12 +184,13 @@ def balance(
         downstream=down.detach(),
         weights=weights.detach(),
         statistics=statistics,
+        finite=finite & weights.detach().isfinite().all(),
         gradients=rows,
     )
 
 
-Parts = tuple[Tensor, list[Tensor], Tensor, Tensor, Statistics, Rows]
-"""Loss, losses, downstream loss, effective weights, statistics, gradients."""
+Parts = tuple[Tensor, list[Tensor], Tensor, Tensor, Statistics, Tensor, Rows]
+"""Loss, losses, downstream loss, effective weights, statistics, finite, gradients."""
 
 
 def _plain(
@@ -197,10 +206,10 @@ def _plain(
     down = downstream(
         *(_scaled_gradient(each, lambda: part) if part else each.detach() for each in labelled)
     )
-    statistics = _statistics(weighting, losses)
+    statistics, finite = _statistics(weighting, losses, down)
     weights = weighting(statistics)
     loss = sum(w * each for w, each in zip(weights, losses, strict=True)) + down
-    return loss, losses, down, weights, statistics, ()
+    return loss, losses, down, weights, statistics, finite, ()
 
 
 def _from_gradients(
@@ -220,27 +229,33 @@ def _from_gradients(
         seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
         seen = _in_order(held_out.terms(*seen_leaves), weighting, views[0])
     down = downstream(*seen_leaves)
-    scale = _inner_scale(views[0])
+    half = _is_half(views[0])
+    scale = weighting.inner_scale if half else None
     with torch.autocast(views[0].device.type, enabled=False):
-        rows = tuple(_gradient(each, leaves, scale) for each in losses)
+        rows = _matrices([_gradient(each, leaves, scale) for each in losses])
         target = _gradient(down, seen_leaves, scale)
         if held_out is None:
-            statistics = _statistics(weighting, losses, rows, target)
+            statistics, finite = _statistics(weighting, losses, down, rows, target)
             weights = weighting(statistics)
         else:
-            seen_rows = tuple(_gradient(each, seen_leaves, scale) for each in seen)
-            statistics = _statistics(weighting, seen, seen_rows, target)
-            weights = weighting(_statistics(weighting, losses, rows), statistics)
+            seen_rows = _matrices([_gradient(each, seen_leaves, scale) for each in seen])
+            statistics, finite = _statistics(weighting, seen, down, seen_rows, target)
+            own, own_finite = _statistics(weighting, losses, down, rows)
+            finite = finite & own_finite
+            weights = weighting(own, statistics)
+        if half:
+            weighting.adapt_inner_scale(finite)
         heads = weighting.head_weights(weights)
         loss = sum(h * each for h, each in zip(heads, losses, strict=True)) + down
-        for view, *gradients, down_row in zip(views, *rows, target, strict=True):
-            composite = torch.tensordot(weights.to(gradients[0].dtype), torch.stack(gradients), 1)
+        for view, matrix, down_row in zip(views, rows, target, strict=True):
+            composite = torch.tensordot(weights.to(matrix.dtype), matrix, 1)
             if weighting.downstream_weight:
                 composite = composite + weighting.downstream_weight * down_row
             loss = loss + (view.to(composite.dtype) * composite).sum()
     if shared is not None and weighting.shared_heads == "weights":
         shared.reset((weights / heads).nan_to_num(posinf=0.0))
-    return loss, losses, down, weights, statistics, rows
+    by_term = tuple(zip(*(matrix.unbind() for matrix in rows), strict=True))
+    return loss, losses, down, weights, statistics, finite, by_term
 
 
 def _in_order(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) -> list[Tensor]:
@@ -254,54 +269,62 @@ def _in_order(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) 
     return [losses.get(name, zero) for name in weighting.terms]
 
 
-HALF_SCALE = 2.0**14
-
-
-def _inner_scale(embedding: Tensor) -> float:
-    """What the inner gradients are multiplied by on their way through the heads, where that is in
-    float16: below 6e-8 they would be 0 there. It is undone in float32, and has nothing to do with
-    the trainer's own scale. A gradient of 4 or more does not fit: such a step is left out."""
+def _is_half(embedding: Tensor) -> bool:
+    """Whether the heads run in float16."""
     device = embedding.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    half = torch.float16 in (embedding.dtype, autocast)
-    return HALF_SCALE if half else 1.0
+    return torch.float16 in (embedding.dtype, autocast)
 
 
-def _gradient(loss: Tensor, leaves: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
-    """The loss's gradient by each leaf, in float32 or better; zeros where it does not reach."""
-    gradients: Sequence[Tensor]
+def _gradient(loss: Tensor, leaves: Sequence[Tensor], scale: Tensor | None) -> tuple[Tensor, ...]:
+    """The loss's gradient by each leaf, in float32 or better; zeros where it does not reach.
+
+    With a scale it is multiplied by that on its way."""
+    gradients: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in leaves]
     if loss.requires_grad:
-        gradients = torch.autograd.grad(
-            loss,
-            leaves,
-            torch.full_like(loss, scale),
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    else:
-        gradients = [torch.zeros_like(leaf) for leaf in leaves]
+        try:
+            gradients = torch.autograd.grad(
+                loss,
+                leaves,
+                None if scale is None else scale.to(loss).expand_as(loss),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):
+                raise
+            raise ConfigError(
+                "terms: a head that torch.compile has compiled lets a gradient through only once: "
+                "leave it uncompiled, or set torch._functorch.config.donated_buffer = False first"
+            ) from error
     wide = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in gradients)
-    return tuple(each / scale if scale != 1 else each for each in wide)
+    return tuple(each if scale is None else each / scale for each in wide)
+
+
+def _matrices(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """For each view the terms' gradients by it, (K, B, D)."""
+    return [torch.stack(view) for view in zip(*rows, strict=True)]
 
 
 def _statistics(
     weighting: Weighting,
     losses: Sequence[Tensor],
-    rows: Rows = (),
+    downstream: Tensor,
+    rows: Sequence[Tensor] = (),
     down: Sequence[Tensor] | None = None,
-) -> Statistics:
-    """The losses, and of the gradients the Gramian, products and downstream norm over all views.
+) -> tuple[Statistics, Tensor]:
+    """The losses, and of the gradients the Gramian, products and downstream norm over all views;
+    and whether everything is finite, in every process.
 
     Over N processes the joined batch's loss is the mean of theirs, so each process's embeddings
     have 1/N of their gradient here: the sums are divided by N^2, the losses by N.
     """
     values = torch.stack(list(losses)).detach()
+    bad = ~(values.isfinite().all() & downstream.detach().isfinite())
     parts: list[Tensor] = []  # Gramian, products, square of the norm: as many as there are.
     if rows:
-        matrices = [
-            torch.stack([each.flatten() for each in view]) for view in zip(*rows, strict=True)
-        ]
+        matrices = [each.flatten(1) for each in rows]
         parts.append(torch.stack([each @ each.T for each in matrices]).sum(0))
         if down is not None:
             targets = [each.flatten() for each in down]
@@ -310,16 +333,18 @@ def _statistics(
             parts.append(torch.stack([each @ each for each in targets]).sum(0))
     size = world_size()
     shared = [each / size**2 for each in parts] + [values / size] * weighting.uses_losses
-    if size > 1 and shared:
+    shared.append(bad.to(shared[0] if shared else values))
+    if size > 1:
         flat = torch.cat([each.flatten() for each in shared])
         dist.all_reduce(flat)
         sums = flat.split([each.numel() for each in shared])
         shared = [new.view_as(old) for new, old in zip(sums, shared, strict=True)]
-        parts = shared[: len(parts)]
-        values = shared[-1] if weighting.uses_losses else values
+        values = shared[-2] if weighting.uses_losses else values
+    parts = shared[: len(parts)]
+    finite = torch.stack([each.isfinite().all() for each in parts] + [shared[-1] == 0]).all()
     return Statistics(
         losses=values,
         gramian=parts[0] if parts else None,
         products=parts[1] if len(parts) > 1 else None,
         downstream_norm=parts[2].sqrt() if len(parts) > 1 else None,
-    )
+    ), finite

@@ -38,6 +38,8 @@ PAIRS = (
     ("grap", "solo_learn"),
     ("grap", "torchjd"),
     ("grap", "k_backwards"),
+    ("grap_compiled", "solo_learn"),
+    ("grap_compiled", "grap"),
     ("fixed", "solo_learn"),
 )
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
@@ -49,8 +51,8 @@ PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 class Contender:
     """A method and its optimiser, on one batch again and again.
 
-    A step is forward, backward, a plain SGD update and the momentum update; loading data and
-    LARS, which are the same for all, are left out.
+    A step is forward, backward, the optimiser's and the momentum update, each contender's own;
+    loading data is left out.
 
     Args:
         cfg: a prepared configuration, ``data.num_classes`` included.
@@ -68,13 +70,13 @@ class Contender:
     ) -> None:
         seed_everything(cfg.seed, verbose=False)
         self.device = device_of(cfg)
+        cfg.scheduler.name = "none"
         self.model = base(cfg).to(self.device).train()
         if not cfg.performance.disable_channel_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.model.parameter_space_every = 0  # Without a trainer every step is the first.
         self.model.log = self.model.log_dict = lambda *args, **kwargs: None
-        parameters = [each for each in self.model.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.SGD(parameters, lr=1e-4)
+        self.optimizer = self.model.configure_optimizers()
         dtype = PRECISIONS.get(str(cfg.get("precision")))
         self.autocast: Any = (
             nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
@@ -181,7 +183,7 @@ def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
 def _done(weights: Tensor, found: Statistics) -> Step:
     """A step whose gradients are there already: its loss has none left to give."""
     loss = torch.zeros((), device=found.losses.device, requires_grad=True)
-    return Step(loss, {}, loss.detach(), weights, found)
+    return Step(loss, {}, loss.detach(), weights, found, loss.detach() == 0)
 
 
 def random_batch(cfg: DictConfig) -> Batch:
@@ -251,13 +253,15 @@ def contender(name: str, batch_size: int, accelerator: str, precision: str) -> C
     """One of :func:`bench_step`'s, by name.
 
     Args:
-        name: ``fixed``, ``grap``, ``k_backwards``, ``torchjd`` or ``solo_learn``.
+        name: ``fixed``, ``grap``, ``grap_compiled``, ``k_backwards``, ``torchjd`` or
+            ``solo_learn``.
         batch_size: images of a step.
         accelerator: ``cpu`` or ``gpu``.
         precision: ``32-true`` or ``bf16-mixed``.
     """
     changes = [f"accelerator={accelerator}", "devices=1", f"optimizer.batch_size={batch_size}"]
-    changes += [f"precision={precision}", "method=grap_all4one"]
+    changes += [f"precision={precision}", "method=grap_all4one", "optimizer.lr=1e-4"]
+    changes += [f"+performance.compile={name == 'grap_compiled'}"]
     rule = "fixed" if name in ("fixed", "solo_learn") else "grap"
     with initialize_config_dir(str(CONFIGS), version_base="1.2"):
         cfg = prepare(compose("all4one", [*changes, f"+weighting={{name: {rule}}}"]))
@@ -280,8 +284,9 @@ def bench_step(
 ) -> dict[str, Any]:
     """One optimiser step of All4One: ResNet-18 with the CIFAR stem, full heads and queue.
 
-    ``fixed`` and ``grap`` are ours, ``k_backwards`` is GraP by :func:`k_backwards`, ``torchjd`` by
-    :func:`torchjd_step`, and ``solo_learn`` its own All4One, where its main branch is on the path.
+    ``fixed`` and ``grap`` are ours, ``grap_compiled`` has ``performance.compile``,
+    ``k_backwards`` is GraP by :func:`k_backwards`, ``torchjd`` by :func:`torchjd_step`, and
+    ``solo_learn`` its own All4One, where its main branch is on the path.
 
     Args:
         batch_size: images of a step, two views each.
@@ -300,7 +305,7 @@ def bench_step(
     """
     if not CONFIGS.is_dir():
         raise ConfigError(f"{CONFIGS}: no such folder: run it from a clone of the repository")
-    names = ["fixed", "grap", "k_backwards", "torchjd"]
+    names = ["fixed", "grap", "grap_compiled", "k_backwards", "torchjd"]
     names += ["solo_learn"] if BASE == "solo-learn" else []
     for name in only or ():
         if name not in names:

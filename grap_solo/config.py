@@ -47,7 +47,7 @@ data:
 optimizer: {kwargs: {}}
 scheduler: {interval: step}
 method_kwargs: {queue_size: 65536, join_feature_loss: false, separate_projectors: false}
-performance: {disable_channel_last: false}
+performance: {disable_channel_last: false, compile: false}
 checkpoint: {enabled: true, dir: runs, frequency: 1, keep_prev: false}
 wandb: {enabled: false, entity: null, project: grap-solo, offline: false}
 """
@@ -103,6 +103,7 @@ OPTIONAL: dict[str, tuple[type, float | None]] = {
     "knn_eval.k": (int, 1),
     "wandb.enabled": (bool, None),
     "performance.disable_channel_last": (bool, None),
+    "performance.compile": (bool, None),
 }
 BLOCKS: tuple[str, ...] = (
     "backbone",
@@ -243,6 +244,12 @@ def _check_keys(cfg: DictConfig) -> None:
         name = OmegaConf.select(cfg, key)
         if name is not None and str(name) not in valid:
             raise unknown_name(key, name, valid)
+    every = OmegaConf.select(cfg, "diagnostics.parameter_space_every")
+    if cfg.performance.compile and every:
+        raise ConfigError(
+            "performance.compile: diagnostics.parameter_space_every goes back through the backbone "
+            "many times, a compiled one lets a gradient through only once: leave out one of them"
+        )
     if cfg.scheduler.name == "step" and not cfg.scheduler.get("lr_decay_steps"):
         raise ConfigError("scheduler.lr_decay_steps: missing: 'step' needs a list of epochs")
     if cfg.data.dataset != "digits" and cfg.data.train_path is None:

@@ -569,5 +569,6 @@ def _quiet() -> None:
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*recommended to use .self.log..skipped/.*sync_dist=True.*",  # The same everywhere.
     ):
         warnings.filterwarnings("ignore", message)

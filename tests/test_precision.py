@@ -217,9 +217,6 @@ def test_weights_learned_from_gradients_too_small_for_float16_follow_those_of_fl
     torch.testing.assert_close(narrow, wide, rtol=0, atol=0.05)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the scale of the inner gradients, 2^14, makes infinities of 4 and above"
-)
 def test_a_gradient_that_float16_can_hold_is_right_however_large_it_is():
     """In the last of a few steps, so that a scale of the inner gradients may find its size."""
     problem, weighting = Problem(heads=torch.float16, planted=LARGE), GraP(TERMS)
@@ -230,3 +227,29 @@ def test_a_gradient_that_float16_can_hold_is_right_however_large_it_is():
     errors = (step.statistics.gramian - rows @ rows.T) / (norms[:, None] * norms)
     assert errors.abs().max() < 0.02
     assert step.weights.isfinite().all() and weighting.updates > 0
+
+
+def test_the_scale_halves_after_a_step_that_overflows_and_comes_back():
+    problem, weighting = Problem(heads=torch.float16, planted=LARGE), GraP(TERMS)
+    first = weighting.inner_scale.item()
+    finite, scales = [], []
+    for number in range(STEPS):
+        scales.append(weighting.inner_scale.item())
+        finite.append(bool(problem.step(weighting, number).finite))
+    assert not finite[0] and finite[-1] and scales[0] == first == 2.0**14
+    for good, before, after in zip(finite, scales, scales[1:]):
+        assert after == (before if good else before / 2)
+    again = GraP(TERMS)
+    again.load_state_dict(weighting.state_dict())
+    assert again.inner_scale == scales[-1]
+    for _ in range(1999 - int(again.finite_steps)):
+        again.adapt_inner_scale(torch.tensor(True))
+    assert again.inner_scale == scales[-1]
+    again.adapt_inner_scale(torch.tensor(True))
+    assert again.inner_scale == 2 * scales[-1] and again.finite_steps == 0
+
+
+def test_in_float32_nothing_is_scaled_and_no_scale_moves():
+    problem, weighting = Problem(planted=LARGE), GraP(TERMS)
+    step = problem.step(weighting)
+    assert step.finite and weighting.inner_scale == 2.0**14 and weighting.finite_steps == 0

@@ -25,6 +25,7 @@ from grap_solo.errors import ConfigError, RunStopped
 from grap_solo.methods.losses import Views, contrast, correlation_losses, probe_loss
 from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.solo import All4One, register_backbone
+from grap_solo.solo.base import MomentumUpdater, lars
 from grap_solo.trajectory import TrajectoryRecorder
 from grap_solo.weighting import CAUSES, build_weighting
 
@@ -78,6 +79,9 @@ class GrapAll4One(All4One):
               :func:`~grap_solo.diagnostics.parameter_space_cosine`; 0, the default, for none;
             - ``diagnostics.max_skipped_steps``: how many steps in a row may be left out because
               their loss or gradients are not finite, before the run is stopped;
+            - ``performance.compile``: whether ``torch.compile`` compiles the backbone and the
+              momentum networks. The other heads are left as they are: a compiled one computes
+              its parameters' gradients in each of the K inner passes too;
             - ``method_kwargs.join_feature_loss``: ``feature`` in place of ``byol``, ``barlow``;
             - ``method_kwargs.separate_projectors``: a projector for each term. ``nnclr`` has
               All4One's own, which feeds the queue that both neighbour terms read; ``attn_nnclr``
@@ -86,6 +90,8 @@ class GrapAll4One(All4One):
     Raises:
         ConfigError: a ``weighting`` block that cannot be used, or an unknown backbone.
     """
+
+    _OPTIMIZERS = {**All4One._OPTIMIZERS, "lars": lars}
 
     queue: Tensor
     queue_y: Tensor
@@ -99,6 +105,8 @@ class GrapAll4One(All4One):
         OmegaConf.update(cfg, "knn_eval.enabled", False, force_add=True)
         super().__init__(cfg)
         self.cfg.knn_eval.enabled = cfg.knn_eval.enabled = self.knn_eval = knn
+        momentum = self.cfg.momentum
+        self.momentum_updater = MomentumUpdater(momentum.base_tau, momentum.final_tau)
         if knn:
             block = self.cfg.knn_eval
             self.knn = WeightedKNNClassifier(k=block.k, distance_fx=block.distance_func)
@@ -124,6 +132,9 @@ class GrapAll4One(All4One):
                     momentum = copy.deepcopy(self.projectors[term]).requires_grad_(False)
                     self.momentum_projectors[term] = momentum
         self._freeze_what_no_term_uses()
+        if self.cfg.performance.compile:  # In their place: state dicts keep their names.
+            for network in (self.backbone, self.momentum_backbone, self.momentum_projector):
+                network.compile()
         self.parameter_space_every: int = self.cfg.diagnostics.parameter_space_every
         self.max_skipped_steps: int = self.cfg.diagnostics.max_skipped_steps
         self.skipped_in_a_row = 0
@@ -159,6 +170,8 @@ class GrapAll4One(All4One):
         cfg.method_kwargs.setdefault("join_feature_loss", False)
         cfg.method_kwargs.setdefault("separate_projectors", False)
         cfg.setdefault("weighting", {"name": "grap"})
+        cfg.setdefault("performance", {})
+        cfg.performance.setdefault("compile", False)
         cfg.setdefault("diagnostics", {})
         cfg.diagnostics.setdefault("parameter_space_every", 0)
         cfg.diagnostics.setdefault("max_skipped_steps", 100)
@@ -245,13 +258,10 @@ class GrapAll4One(All4One):
             self._log_labelled(down, labelled[2])
         return step.loss + out.get("momentum_loss", 0)
 
-    @torch.no_grad()
     def _is_usable(self, step: Step) -> bool:
-        """Whether a step's scalar is finite in every process, and with it all that it was made of:
-        the gradients of the terms by the embeddings too."""
-        finite = mean_over_processes(step.loss.detach().isfinite().float()) == 1
-        self.log("skipped/step", (~finite).float(), on_step=False, on_epoch=True, batch_size=1)
-        if finite:
+        """Whether a step is finite in every process: asking is the step's only wait for a GPU."""
+        self.log("skipped/step", (~step.finite).float(), on_step=False, on_epoch=True, batch_size=1)
+        if step.finite:
             self.skipped_in_a_row = 0
             return True
         self.skipped_in_a_row += 1

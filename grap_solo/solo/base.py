@@ -18,6 +18,7 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
+from grap_solo.distributed import mean_over_processes
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.solo.backbones import build_backbone
 
@@ -37,7 +38,6 @@ method_kwargs: {}
 momentum: {base_tau: 0.99, final_tau: 1.0, classifier: false}
 """
 
-OPTIMIZERS = ("sgd", "lars", "adam", "adamw")
 SCHEDULERS = ("warmup_cosine", "step", "none")
 
 
@@ -91,6 +91,64 @@ def warmup_cosine(
     return min_lr + (base_lr - min_lr) * cosine
 
 
+def split_groups(
+    groups: Iterable[dict[str, Any]],
+    apart: Callable[[Tensor], bool],
+    changes: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Parameter groups with the parameters for which ``apart`` holds in groups of their own.
+
+    Args:
+        groups: an optimiser's parameter groups.
+        apart: which parameters to set apart.
+        changes: the settings in which their groups differ.
+    """
+    out = []
+    for group in groups:
+        params = list(group["params"])
+        kept = {**group, "params": [p for p in params if not apart(p)]}
+        split = {**group, **changes, "params": [p for p in params if apart(p)]}
+        if "name" in group:
+            split["name"] = f"{group['name']}_no_decay"
+        out += [each for each in (kept, split) if each["params"]]
+    return out
+
+
+def lars(groups: Iterable[dict[str, Any]], lr: float, weight_decay: float, **kwargs: Any) -> Lars:
+    """timm's LARS (You et al. 2017, arXiv 1708.03888) by solo-learn's words.
+
+    On a GPU it updates all parameters in a few kernels and never waits for them, where
+    solo-learn's takes a dozen kernels and waits twice for each parameter.
+
+    Args:
+        groups: parameter groups.
+        lr: the learning rate.
+        weight_decay: the L2 penalty's factor.
+        kwargs: solo-learn's ``eta``, ``clip_lr`` and ``exclude_bias_n_norm``: whether vectors,
+            which are biases and norms, are neither adapted nor decayed; and timm's own.
+    """
+    if kwargs.pop("exclude_bias_n_norm", False):
+        plain = {"weight_decay": 0, "always_adapt": False}
+        groups = split_groups(groups, lambda p: p.ndim == 1, plain)
+    return Lars(
+        groups,
+        lr=lr,
+        weight_decay=weight_decay,
+        always_adapt=True,
+        trust_coeff=kwargs.pop("eta", 1e-3),
+        trust_clip=kwargs.pop("clip_lr", False),
+        **kwargs,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "lars": lars,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
 class BaseMomentumMethod(pl.LightningModule):
     """Backbone, its momentum copy, online probe, optimiser and schedule.
 
@@ -101,6 +159,8 @@ class BaseMomentumMethod(pl.LightningModule):
     Raises:
         ConfigError: an unknown backbone, optimiser or scheduler.
     """
+
+    _OPTIMIZERS = OPTIMIZERS
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
@@ -133,6 +193,7 @@ class BaseMomentumMethod(pl.LightningModule):
         self.no_channel_last: bool = cfg.performance.disable_channel_last
         self.knn_eval: bool = cfg.knn_eval.enabled
         self.knn: Any = None  # A method's own.
+        self.validated: list[Tensor] = []
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -200,32 +261,14 @@ class BaseMomentumMethod(pl.LightningModule):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.cfg.optimizer
-        if config.name not in OPTIMIZERS:
-            raise unknown_name("optimizer.name", config.name, OPTIMIZERS)
+        if config.name not in self._OPTIMIZERS:
+            raise unknown_name("optimizer.name", config.name, self._OPTIMIZERS)
         groups = self.learnable_params
         kwargs = dict(config.kwargs)
         defaults = {"lr": self.lr, "weight_decay": config.weight_decay}
         if config.exclude_bias_n_norm_wd:
             groups = split_groups(groups, lambda p: p.ndim <= 1, {"weight_decay": 0})
-        if config.name != "lars":
-            classes = {
-                "sgd": torch.optim.SGD,
-                "adam": torch.optim.Adam,
-                "adamw": torch.optim.AdamW,
-            }
-            return classes[config.name](groups, **defaults, **kwargs)
-        # timm's Lars, told in its own words: biases and norms neither adapted nor decayed.
-        if kwargs.pop("exclude_bias_n_norm", False):
-            plain = {"weight_decay": 0, "always_adapt": False}
-            groups = split_groups(groups, lambda p: p.ndim == 1, plain)
-        return Lars(
-            groups,
-            always_adapt=True,
-            trust_coeff=kwargs.pop("eta", 1e-3),
-            trust_clip=kwargs.pop("clip_lr", False),
-            **defaults,
-            **kwargs,
-        )
+        return self._OPTIMIZERS[config.name](groups, **defaults, **kwargs)
 
     # ---- training ---------------------------------------------------------------------------
 
@@ -318,9 +361,15 @@ class BaseMomentumMethod(pl.LightningModule):
             metrics["momentum_val_loss"] = out["loss"]
             metrics["momentum_val_acc1"] = out["acc1"]
             metrics["momentum_val_acc5"] = out["acc5"]
-        self.log_dict(metrics, batch_size=len(targets), sync_dist=True)
+        # Lightning's own mean would cut the images of a process off to a whole number.
+        means = torch.cat([each.reshape(1) for each in metrics.values()])
+        self.validated.append(torch.cat([means, torch.ones_like(means[:1])]) * len(targets))
+        self.validated_names = tuple(metrics)
 
     def on_validation_epoch_end(self) -> None:
+        *sums, images = mean_over_processes(torch.stack(self.validated).sum(0))
+        self.validated.clear()
+        self.log_dict({k: v / images for k, v in zip(self.validated_names, sums, strict=True)})
         if self.knn_eval and not self.trainer.sanity_checking:
             acc1, acc5 = self.knn.compute()
             self.log_dict({"val_knn_acc1": acc1, "val_knn_acc5": acc5}, sync_dist=True)
@@ -333,26 +382,3 @@ def _lists(outs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """One dictionary of lists from the views' dictionaries."""
     views = list(outs)
     return {key: [view[key] for view in views] for key in views[0]}
-
-
-def split_groups(
-    groups: Iterable[dict[str, Any]],
-    apart: Callable[[Tensor], bool],
-    changes: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Parameter groups with the parameters for which ``apart`` holds in groups of their own.
-
-    Args:
-        groups: an optimiser's parameter groups.
-        apart: which parameters to set apart.
-        changes: the settings in which their groups differ.
-    """
-    out = []
-    for group in groups:
-        params = list(group["params"])
-        kept = {**group, "params": [p for p in params if not apart(p)]}
-        split = {**group, **changes, "params": [p for p in params if apart(p)]}
-        if "name" in group:
-            split["name"] = f"{group['name']}_no_decay"
-        out += [each for each in (kept, split) if each["params"]]
-    return out

@@ -18,6 +18,9 @@ SHARED_HEADS = ("sum", "weights")
 CAUSES = ("", "held", "unlabelled", "not finite", "no composite gradient", "every weight 0")
 """Why a step was not learned from; the first stands for a step that was."""
 
+FIRST_INNER_SCALE = 2.0**14
+STEPS_TO_GROW = 2000
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -79,11 +82,15 @@ class Weighting(nn.Module):
     downstream_weight = 0.0
     """With which weight the downstream loss reaches the backbone."""
 
+    inner_scale: Tensor
+    """What the inner gradients are multiplied by within heads in float16, shape ()."""
+
     cause: Tensor | None = None
     """Why the last step was not learned from, an index into :data:`CAUSES`, shape (); None for a
     rule that leaves no step out."""
 
     reference: Tensor
+    finite_steps: Tensor
 
     def __init__(
         self,
@@ -112,6 +119,9 @@ class Weighting(nn.Module):
             raise unknown_name("weighting.heads", heads, HEADS)
         if shared_heads not in SHARED_HEADS:
             raise unknown_name("weighting.shared_heads", shared_heads, SHARED_HEADS)
+        saved = self.needs_gradients  # Else a state dict is solo-learn's.
+        self.register_buffer("inner_scale", torch.tensor(FIRST_INNER_SCALE), persistent=saved)
+        self.register_buffer("finite_steps", torch.zeros((), dtype=torch.int32), persistent=saved)
 
     @property
     def needs_gradients(self) -> bool:
@@ -182,6 +192,19 @@ class Weighting(nn.Module):
 
     def end_epoch(self) -> None:
         """To be called at the end of each epoch."""
+
+    def adapt_inner_scale(self, finite: Tensor) -> None:
+        """Halves the scale of the inner gradients after a step that is not finite, and doubles it
+        after 2000 in a row that are, as torch's ``GradScaler`` does with the trainer's.
+
+        Args:
+            finite: whether the step was, shape ().
+        """
+        self.finite_steps = torch.where(finite, self.finite_steps + 1, 0)
+        grow = self.finite_steps == STEPS_TO_GROW
+        self.finite_steps = torch.where(grow, 0, self.finite_steps)
+        factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
+        self.inner_scale = (self.inner_scale * factor).clamp(1.0, FIRST_INNER_SCALE)
 
     needs_losses_after = False
     """Whether :meth:`after_step` is to be called."""
