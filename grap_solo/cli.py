@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _pretrain(arguments: list[str]) -> None:
     """hydra's own main, with ``--config-path`` relative to the current folder."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf.errors import OmegaConfBaseException
 
     from grap_solo.errors import ConfigError
@@ -104,6 +105,10 @@ def _pretrain(arguments: list[str]) -> None:
         try:
             pretrain(cfg)
         except (ConfigError, OmegaConfBaseException) as error:
+            if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
+                # Elsewhere, with a copy of the list: the launcher brings back what is raised.
+                print(f"grap-solo: {' '.join(str(error).split())}", file=sys.stderr)
+                raise ConfigError(str(error)) from None
             refused.append(error)  # Raised below: hydra would print lines of its own.
 
     for i, argument in enumerate(list(arguments)):
@@ -121,7 +126,13 @@ def _pretrain(arguments: list[str]) -> None:
             arguments.append(f"{key}={value}")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Its errors come to main(), which prints one line.
     sys.argv = ["grap-solo pretrain", *arguments]
-    hydra.main(version_base="1.2", config_path=None)(job)()
+    try:
+        hydra.main(version_base="1.2", config_path=None)(job)()
+    except RuntimeError as failure:
+        submitits = type(failure).__module__.startswith("submitit.")
+        if not submitits and "on a slurm cluster" not in str(failure):
+            raise
+        raise ConfigError(f"hydra.launcher: {failure}") from None
     for error in refused[:-1]:  # Of a multirun: each job that was refused has its line.
         print(f"grap-solo: {' '.join(str(error).split())}", file=sys.stderr)
     if refused:

@@ -7,6 +7,8 @@ import errno
 import inspect
 import json
 import logging
+import os
+import secrets
 import sys
 import time
 import warnings
@@ -40,7 +42,7 @@ from grap_solo.data import (
     split_labels,
 )
 from grap_solo.errors import ConfigError, RunStopped
-from grap_solo.files import whole_file, write_json
+from grap_solo.files import read_json, whole_file, write_json
 from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
 from grap_solo.solo import describe_base
@@ -50,6 +52,7 @@ from grap_solo.weighting import build_weighting
 CONFIG_FILE = "config.yaml"
 LABELS_FILE = "labels.csv"
 TRAINED_FILE = "trained.json"
+WANDB_FILE = "wandb.json"
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     model = GrapAll4One(cfg)
     if cfg.pretrained_feature_extractor is not None:
         _load_backbone(model, Path(cfg.pretrained_feature_extractor))
-    if _is_first_process():
-        _make_directory(directory)
+    _make_directory(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     trainer = _trainer(cfg, directory, callbacks, start)
@@ -142,7 +144,7 @@ def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
     if held_out is not None:
         seen = labelled_loader(cfg, held_out, together, epoch)
         train_loader = CombinedLoader({"train": train_loader, "labelled": seen}, "max_size_cycle")
-    val_loader = None if val_images is None else evaluation_loader(cfg, val_images)
+    val_loader = None if val_images is None else evaluation_loader(cfg, val_images, keep=True)
     return train_loader, val_loader, labelled
 
 
@@ -327,7 +329,7 @@ def _where_to_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Sta
         _check_weighting_state(cfg, found[1]["state_dict"], key)
         if taken and directory.resolve() not in path.resolve().parents:
             raise ConfigError(f"{key}: it is not of the run in {directory}: give another name")
-    elif taken and _is_first_process():
+    elif taken:  # Every process: one that is not refused would wait for those that are.
         if (directory / TRAINED_FILE).exists():
             raise ConfigError(
                 f"name: {directory} already holds a run: give another name or checkpoint.dir"
@@ -449,8 +451,9 @@ def _make_directory(directory: Path) -> None:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"checkpoint.dir: {directory} cannot be made: {error}") from None
-    for path in (directory / "checkpoints").glob("*.ckpt.new"):
-        path.unlink()
+    if _is_first_process():
+        for path in (directory / "checkpoints").glob("*.ckpt.new"):
+            path.unlink()
 
 
 def _trainer(
@@ -496,7 +499,15 @@ def _trainer(
 
 
 def _wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
-    """W&B's logger with its run opened; None, with a warning, if that cannot be done."""
+    """W&B's logger with its run opened; None, with a warning, if that cannot be done.
+
+    A run that goes on goes on in its W&B run; a sweep's agent says itself which one that is.
+    """
+    known = {"id": os.environ.get("WANDB_RUN_ID")}
+    if known["id"] is None:
+        known = read_json(directory / WANDB_FILE) or {"id": secrets.token_hex(4)}
+        if _is_first_process():
+            write_json(directory / WANDB_FILE, known)
     try:
         logger = SafeWandbLogger(
             name=cfg.name,
@@ -504,6 +515,7 @@ def _wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
             entity=cfg.wandb.entity,
             offline=cfg.wandb.offline,
             save_dir=str(directory),
+            id=known["id"],
         )
     except ModuleNotFoundError:
         warnings.warn(

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from grap_solo import ConfigError
-from grap_solo.data import batched, sampling
+from grap_solo.data import batched, evaluation_loader, sampling
 from grap_solo.data.augmentations import build_pipeline, build_views
 from grap_solo.data.datasets import Digits, Part
 from grap_solo.data.sampling import EpochSampler
@@ -503,3 +503,17 @@ def test_lightning_puts_no_sampler_in_its_place(tmp_path, monkeypatch):
     expected = [indexes for indexes, _, _ in loader(batch=400)]
     for (found, _), indexes in zip(seen[0], expected, strict=True):
         assert torch.equal(found, indexes)
+
+
+def test_validation_images_that_are_kept_are_those_of_the_loader():
+    cfg = OmegaConf.load(CONFIGS / "digits" / "all4one.yaml")
+    cfg.augmentations = OmegaConf.load(CONFIGS / "digits" / "augmentations" / "asymmetric.yaml")
+    images = digits()
+    plain = list(evaluation_loader(cfg, images, keep=True))
+    cfg.data.batched = True
+    loader = evaluation_loader(cfg, images, keep=True)
+    for _ in range(2):
+        kept = list(loader)
+        assert len(kept) == len(plain) == len(loader) > 1
+        for (pixels, labels), (others, truth) in zip(kept, plain, strict=True):
+            assert torch.equal(pixels, others) and torch.equal(labels, truth)

@@ -240,3 +240,32 @@ def test_interrupted_from_the_keyboard_it_writes_what_it_has(tmp_path, monkeypat
     assert names == {"run-ep=0.ckpt", "run-interrupted.ckpt"}
     assert len((run / "weights.csv").read_text().splitlines()) == 1 + 4
     assert "weights" in (run / "median_weights.yaml").read_text()
+
+
+def test_a_run_that_goes_on_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(**kwargs):
+        asked.append((kwargs["id"], kwargs["resume"]))
+        raise ConnectionError("no server")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    cfg = digits(tmp_path, "wandb.enabled=true", "max_epochs=2", "+enable_progress_bar=false")
+    pretrain(cfg)
+    (tmp_path / "run" / "trained.json").unlink()  # As if it had been cut short.
+    pretrain(cfg)
+    pretrain(digits(tmp_path, "wandb.enabled=true", "max_epochs=1", "name=other"))
+    monkeypatch.setenv("WANDB_RUN_ID", "sweep1")
+    pretrain(digits(tmp_path, "wandb.enabled=true", "max_epochs=1", "name=of_a_sweep"))
+    (first, _), (again, _), (other, _), (sweep, _) = asked
+    assert first == again and len({first, other, sweep}) == 3 and sweep == "sweep1"
+    assert {resume for _, resume in asked} == {"allow"}
+
+
+def test_a_finished_run_is_refused_in_every_process(tmp_path, monkeypatch):
+    cfg = digits(tmp_path, "max_epochs=1", "+enable_progress_bar=false")
+    pretrain(cfg)
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
+    with pytest.raises(ConfigError, match="already holds a run: give another name"):
+        pretrain(cfg)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 
 from grap_solo.data.augmentations import (
     Transform,
@@ -106,11 +106,25 @@ def labelled_loader(
     return _training(cfg, images, sampler, drop_last=len(images) >= together)
 
 
-def evaluation_loader(cfg: DictConfig, images: Images) -> DataLoader[Any]:
-    """Batches ``[images, labels]`` in order, without augmentation."""
+def evaluation_loader(cfg: DictConfig, images: Images, keep: bool = False) -> DataLoader[Any]:
+    """Batches ``[images, labels]`` in order, without augmentation.
+
+    Args:
+        cfg: the configuration.
+        images: what to evaluate on.
+        keep: with ``data.batched``, transform all of them now and keep them in memory.
+    """
     transform = build_evaluation(cfg.data.dataset, cfg.augmentations)
-    sampler = ShareSampler(len(images))
-    return _loader(cfg, _Evaluated(images, transform), sampler, drop_last=False)
+    sampler, dataset = ShareSampler(len(images)), _Evaluated(images, transform)
+    if not (keep and cfg.data.get("batched", False)):
+        return _loader(cfg, dataset, sampler, drop_last=False)
+    pixels, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
+    return DataLoader(
+        TensorDataset(torch.stack(pixels), torch.tensor(labels)),
+        sampler=BatchSampler(sampler, cfg.optimizer.batch_size, drop_last=False),
+        batch_size=None,  # The sampler's places are whole batches.
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
