@@ -1,16 +1,16 @@
-"""What a step costs: contenders in turns in one process, and each one's peak memory in its own."""
+"""What a step costs: contenders in turns in one process, and each one's peak memory."""
 
 from __future__ import annotations
 
-import resource
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from unittest import mock
 
@@ -20,6 +20,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import grap_solo
 from grap_solo.balance import Step, balance
@@ -296,9 +297,8 @@ def bench_step(
         only: the contenders; all when None.
 
     Returns:
-        ``ratios`` as :func:`ratio` by ``a/b``, ``seconds``, the median step, and ``peak_mib``: on
-        a CPU the most memory that a process of its own takes for two steps beyond what it had
-        with the model built, on a GPU the most that torch had allocated in a step.
+        ``ratios`` as :func:`ratio` by ``a/b``, ``seconds``, the median step, and ``peak_mib``:
+        the most that torch has allocated in a step, on a CPU beyond what was there before it.
 
     Raises:
         ConfigError: a contender that is not there, or no folder of configurations.
@@ -311,10 +311,9 @@ def bench_step(
         if name not in names:
             raise unknown_name("--only", name, names)
     names = [name for name in names if only is None or name in only]
-    settings = (batch_size, accelerator, precision)
-    peaks = {name: _peak_alone(name, *settings) for name in names}
-    contenders = {name: contender(name, *settings).seconds for name in names}
-    times = in_turns(contenders, rounds, warmup=1)
+    made = {name: contender(name, batch_size, accelerator, precision) for name in names}
+    peaks = {name: peak_memory(mine) for name, mine in made.items()}
+    times = in_turns({name: mine.seconds for name, mine in made.items()}, rounds, warmup=1)
     return {
         "batch_size": batch_size,
         "accelerator": accelerator,
@@ -328,23 +327,31 @@ def bench_step(
     }
 
 
-def _peak_alone(*settings: Any) -> float:
-    """A contender's peak memory in MiB, in a process of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_peak, *settings).result()
-
-
-def _peak(*settings: Any) -> float:
-    mine = contender(*settings)
+def peak_memory(mine: Contender) -> float:
+    """What a step allocates at most, in MiB: on a CPU beyond what is there before it."""
+    mine.seconds()  # The optimiser's buffers are there after the first step.
     if mine.device.type == "cuda":
-        mine.seconds()
         torch.cuda.reset_peak_memory_stats()
         mine.seconds()
         return torch.cuda.max_memory_allocated() / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    mine.seconds()
-    mine.seconds()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # It speaks of GPUs that are not there.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        mine.seconds()
+    with NamedTemporaryFile(suffix=".json") as file:
+        found.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    live: dict[int, int] = {}  # What was there before it, and is freed in it, does not count.
+    now = peak = 0
+    changes = [each for each in events if each["name"] == "[memory]"]
+    for change in sorted(changes, key=lambda each: each["ts"]):
+        size, address = change["args"]["Bytes"], change["args"]["Addr"]
+        if size > 0:
+            live[address] = size
+            now += size
+        else:
+            now -= live.pop(address, 0)
+        peak = max(peak, now)
+    return peak / 2**20
 
 
 # ---- growth with the number of terms --------------------------------------------------------

@@ -7,7 +7,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from test_run import DIGITS
 
-from grap_solo.bench import Contender, k_backwards, random_batch, step_costs, torchjd_step
+from grap_solo.bench import (
+    Contender,
+    k_backwards,
+    peak_memory,
+    random_batch,
+    step_costs,
+    torchjd_step,
+)
 from grap_solo.cli import main
 from grap_solo.config import prepare
 
@@ -44,6 +51,18 @@ def test_k_backwards_trains_the_heads_as_the_surrogate_does():
         gradients.append([p.grad for p in mine.model.projector.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_peak_memory_is_that_of_the_step_and_grows_with_what_it_keeps():
+    cfg = digits("grap")
+    mine = Contender(cfg, random_batch(cfg))
+    plain = peak_memory(mine)
+    assert plain == pytest.approx(peak_memory(mine), rel=0.01)
+    original, size = mine._backward, 2**20
+    mine._backward = lambda: (torch.empty(size), original())
+    assert 3.9 < peak_memory(mine) - plain < 5
+    mine._backward = lambda: (torch.empty(size) is None, original())  # Gone before the peak.
+    assert peak_memory(mine) < plain + 1
 
 
 def test_costs_are_ratios_to_the_base():
