@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +29,13 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operators, self.waits = 0, 0
+        original = Tensor.tolist
+
+        def tolist(each: Tensor) -> Any:  # On a CPU no operator tells of it.
+            self.waits += 1
+            return original(each)
+
+        self.tolist = tolist
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.partition(".")[0]
@@ -47,7 +56,7 @@ def main() -> None:
     mine = contender(chosen.contender, chosen.batch, chosen.accelerator, chosen.precision)
     for _ in range(2):
         mine.seconds()
-    with Counter() as counted:
+    with Counter() as counted, mock.patch.object(Tensor, "tolist", counted.tolist):
         mine.seconds()
     gpu = mine.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu

@@ -241,8 +241,7 @@ class WeightsProgressBar(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, GrapAll4One)
-        weights = pl_module.effective_weights.tolist()
-        named = zip(pl_module.weighting.terms, weights, strict=True)
+        named = zip(pl_module.weighting.terms, pl_module.shown_weights, strict=True)
         metrics: dict[str, Any] = {name: f"{value:.2f}" for name, value in named}
         if self.accuracy is not None:
             metrics["probe"] = f"{self.accuracy:.1f}%"

@@ -139,6 +139,7 @@ class GrapAll4One(All4One):
         self.max_skipped_steps: int = self.cfg.diagnostics.max_skipped_steps
         self.skipped_in_a_row = 0
         self.effective_weights: Tensor = self.weighting.reference
+        self.shown_weights: list[float] = self.weighting.reference.tolist()
         self.diagnostics: dict[str, Tensor] = {}
         self._losses_again: Callable[[], dict[str, Tensor]] | None = None
 
@@ -240,7 +241,6 @@ class GrapAll4One(All4One):
         step = balance(out["feats"], terms, downstream, self.weighting, self.shared, held_out)
         if not self._is_usable(step):
             return None
-        self.effective_weights = step.weights
         self._diagnose(step, down, out["feats"], labelled is not None)
         if self.weighting.needs_losses_after:
             self._losses_again = lambda: self._terms(
@@ -259,10 +259,13 @@ class GrapAll4One(All4One):
         return step.loss + out.get("momentum_loss", 0)
 
     def _is_usable(self, step: Step) -> bool:
-        """Whether a step is finite in every process: asking is the step's only wait for a GPU."""
+        """Whether a step is finite in every process. Asking is its only wait for a GPU: what else
+        the host wants to know of it comes along."""
         self.log("skipped/step", (~step.finite).float(), on_step=False, on_epoch=True, batch_size=1)
-        if step.finite:
+        finite, *weights = torch.cat([step.finite.to(step.weights)[None], step.weights]).tolist()
+        if finite:
             self.skipped_in_a_row = 0
+            self.effective_weights, self.shown_weights = step.weights, weights
             return True
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.max_skipped_steps:
