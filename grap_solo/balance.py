@@ -137,8 +137,8 @@ def balance(
 
     The inner gradients are taken by ``z'`` only, so the hooks of parameters (DDP's among them)
     fire once, in the one real backward. In a process group the Gramian and the products are those
-    of the joined batch, at the cost of one all-reduce: K*K + K numbers, the downstream norm,
-    whether all is finite, and K more for a rule that looks at the losses.
+    of the joined batch, at the cost of one all-reduce (two with ``held_out``): K*K + K numbers, the
+    downstream norm, whether all is finite, and K more for a rule that looks at the losses.
 
     Where the heads run in float16, the inner gradients are multiplied by ``weighting.inner_scale``
     on their way, and divided by it in float32: below 6e-8 they would be 0. A step for which the

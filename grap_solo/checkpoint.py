@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from grap_solo.data.sampling import mixed_seed
 from grap_solo.files import whole_file
@@ -164,7 +165,8 @@ class ResumableCSVLogger(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        if self._experiment is not None or not isinstance(self.earlier, list):
+        first_process = getattr(rank_zero_only, "rank", 0) == 0
+        if not first_process or self._experiment is not None or not isinstance(self.earlier, list):
             return super().experiment
         rows, self.earlier = self.earlier, []
         keys = sorted({key for row in rows for key, value in row.items() if value})
@@ -173,6 +175,8 @@ class ResumableCSVLogger(CSVLogger):
                 table = csv.DictWriter(file, keys, extrasaction="ignore")
                 table.writeheader()
                 table.writerows(rows)
+        else:
+            self.copy.unlink(missing_ok=True)  # Of a run that was before this one.
         writer = super().experiment
         if rows:
             os.replace(self.copy, writer.metrics_file_path)

@@ -6,6 +6,7 @@ import argparse
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -90,25 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _pretrain(arguments: list[str]) -> None:
     """hydra's own main, with ``--config-path`` relative to the current folder."""
     import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf.errors import OmegaConfBaseException
 
     from grap_solo.errors import ConfigError
-    from grap_solo.train import pretrain
 
     refused: list[Exception] = []
-
     started = list(sys.argv)
 
     def job(cfg: DictConfig) -> None:
         sys.argv = started  # With which Lightning starts the processes of further devices.
-        try:
-            pretrain(cfg)
-        except (ConfigError, OmegaConfBaseException) as error:
-            if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
-                # Elsewhere, with a copy of the list: the launcher brings back what is raised.
-                print(f"grap-solo: {' '.join(str(error).split())}", file=sys.stderr)
-                raise ConfigError(str(error)) from None
+        error = _train(cfg)
+        if error is not None:
             refused.append(error)  # Raised below: hydra would print lines of its own.
 
     for i, argument in enumerate(list(arguments)):
@@ -137,6 +129,35 @@ def _pretrain(arguments: list[str]) -> None:
         print(f"grap-solo: {' '.join(str(error).split())}", file=sys.stderr)
     if refused:
         raise refused[-1]
+
+
+def _train(cfg: DictConfig) -> Exception | None:
+    """Trains, and returns what that was refused for. In a job on a cluster that is raised, since
+    the launcher brings it back, and printed, for the job's log."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from grap_solo.errors import ConfigError, RunStopped
+    from grap_solo.train import pretrain
+
+    # hydra ends a process that failed well, and the others of its job would wait for it.
+    one_of_many = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    try:
+        pretrain(cfg)
+    except (ConfigError, OmegaConfBaseException) as error:
+        if HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":
+            return error
+        print(f"grap-solo: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, RunStopped) and one_of_many:
+            os._exit(2)
+        raise ConfigError(str(error)) from None
+    except Exception:
+        if not one_of_many:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    return None
 
 
 def _retrain(arguments: list[str]) -> None:

@@ -134,6 +134,11 @@ def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
     that keep their labels if not all do. Fills in ``data.num_classes``."""
     train_images = load_images(cfg.data, train=True)
     val_images = None if no_validation(cfg) else load_images(cfg.data, train=False)
+    processes = images_per_step(cfg) // cfg.optimizer.batch_size
+    if val_images is not None and len(val_images) < processes:
+        raise ConfigError(
+            f"data.val_path: {len(val_images)} images for {processes} processes: give one for each"
+        )
     parts = [each for each in (train_images, val_images) if each is not None]
     cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
     train_images, held_out, labelled = split_labels(

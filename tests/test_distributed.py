@@ -157,7 +157,7 @@ def test_what_is_not_finite_in_one_process_is_known_to_both(both):
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
@@ -172,6 +172,8 @@ with initialize_config_dir(configs, version_base="1.2"):
 gathered, step = [], GrapAll4One.training_step
 
 def watched(self, batch, batch_idx):
+    if "STOP" in os.environ and self.current_epoch == 1:
+        os._exit(9)
     if dist.get_rank() == 1:
         batch[2].fill_(-1)
     before = int(self.queue_ptr)
@@ -204,22 +206,32 @@ json.dump({"same": all(same), "gathered": gathered, "accuracy": run.accuracy, "s
 """
 
 
-def test_all4one_trains_for_two_epochs_in_two_processes(tmp_path):
-    """Images that do not share out evenly, and one process without any label."""
-    script = tmp_path / "script.py"
+def start_script(directory, **environment):
+    script = directory / "script.py"
     script.write_text(SCRIPT)
     digits = Path(__file__).parents[1] / "configs" / "digits"
     overrides = ["+data.fraction=0.2", "max_epochs=2", "scheduler.warmup_epochs=1", "devices=2"]
-    overrides += ["+strategy=ddp", "optimizer.batch_size=31", f"checkpoint.dir={tmp_path}"]
+    overrides += ["+strategy=ddp", "optimizer.batch_size=31", f"checkpoint.dir={directory}"]
     overrides += ["+enable_progress_bar=false", "log_every_n_steps=1", "name=run"]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--master-port", str(30500 + os.getpid() % 1000), script, digits, tmp_path, *overrides],
+         "--master-port", str(30500 + os.getpid() % 1000), script, digits, directory, *overrides],
         capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained")
+    done = start_script(directory)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return directory
+
+
+def test_all4one_trains_for_two_epochs_in_two_processes(trained):
+    """Images that do not share out evenly, and one process without any label."""
+    ranks = [json.loads((trained / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["same"] and ranks[1]["same"]
     # Each step both processes' images go into both queues, the first one's first, as solo-learn's.
     steps = list(zip(ranks[0]["gathered"], ranks[1]["gathered"], strict=True))
@@ -231,5 +243,15 @@ def test_all4one_trains_for_two_epochs_in_two_processes(tmp_path):
     assert [rank["share"] for rank in ranks] == [270, 269]
     for rank in ranks:
         assert rank["accuracy"] == pytest.approx(rank["expected"], abs=1e-3)
-    rows = list(csv.DictReader((tmp_path / "run" / "diagnostics.csv").open()))
+    rows = list(csv.DictReader((trained / "run" / "diagnostics.csv").open()))
     assert len(rows) == len(steps) and {row["skipped"] for row in rows} == {""}
+
+
+def test_two_processes_that_were_stopped_go_on_to_the_same_end(trained, tmp_path):
+    assert start_script(tmp_path, STOP="1").returncode != 0
+    assert not (tmp_path / "run" / "trained.json").exists()
+    done = start_script(tmp_path)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert "going on after epoch 0" in done.stdout
+    for name in ("weights.csv", "diagnostics.csv", "metrics.csv", "median_weights.yaml"):
+        assert (tmp_path / "run" / name).read_bytes() == (trained / "run" / name).read_bytes()

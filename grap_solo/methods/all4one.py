@@ -138,6 +138,7 @@ class GrapAll4One(All4One):
         self.parameter_space_every: int = self.cfg.diagnostics.parameter_space_every
         self.max_skipped_steps: int = self.cfg.diagnostics.max_skipped_steps
         self.skipped_in_a_row = 0
+        self.validated: list[Tensor] = []
         self.effective_weights: Tensor = self.weighting.reference
         self.shown_weights: list[float] = self.weighting.reference.tolist()
         self.diagnostics: dict[str, Tensor] = {}
@@ -259,8 +260,8 @@ class GrapAll4One(All4One):
         return step.loss + out.get("momentum_loss", 0)
 
     def _is_usable(self, step: Step) -> bool:
-        """Whether a step is finite in every process. Asking is its only wait for a GPU: what else
-        the host wants to know of it comes along."""
+        """Whether a step is finite in every process. Asking is the only wait for a GPU, if the rule
+        is computed there: what else the host wants to know of the step comes along."""
         self.log("skipped/step", (~step.finite).float(), on_step=False, on_epoch=True, batch_size=1)
         finite, *weights = torch.cat([step.finite.to(step.weights)[None], step.weights]).tolist()
         if finite:
@@ -439,8 +440,6 @@ class GrapAll4One(All4One):
         with torch.no_grad():
             return {"feats": feats, **_probe(self.classifier, feats, targets)}
 
-    base_validation_step = base_training_step
-
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         if not self.weighting.active and self.momentum_classifier is None:
             return {}
@@ -482,6 +481,33 @@ class GrapAll4One(All4One):
             losses = self._losses_again()
         values = torch.stack([losses[term] for term in self.weighting.terms])
         self.weighting.after_step(mean_over_processes(values))
+
+    # ---- validation -------------------------------------------------------------------------
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The probe on a batch ``[images, labels]``, and the k-NN's features."""
+        images, labels = batch
+        out = self.base_training_step(images, labels)
+        metrics = {f"val_{key}": out[key] for key in ("loss", "acc1", "acc5")}
+        if self.knn_eval and not self.trainer.sanity_checking:
+            self.knn.update(test_features=out["feats"].detach(), test_targets=labels)
+        if self.momentum_classifier is not None:
+            out = self._shared_step_momentum(images, labels)
+            metrics |= {f"momentum_val_{key}": out[key] for key in ("loss", "acc1", "acc5")}
+        means = torch.cat([each.reshape(1) for each in metrics.values()])
+        self.validated.append(torch.cat([means, torch.ones_like(means[:1])]) * len(labels))
+        self.validated_names = tuple(metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """The means over all images of all processes. solo-learn takes the mean of the processes',
+        Lightning cuts a process's number of images to a whole one."""
+        *sums, images = mean_over_processes(torch.stack(self.validated).sum(0))
+        self.validated.clear()
+        found = {name: each / images for name, each in zip(self.validated_names, sums, strict=True)}
+        if self.knn_eval and not self.trainer.sanity_checking:
+            acc1, acc5 = self.knn.compute()
+            found |= {"val_knn_acc1": acc1, "val_knn_acc5": acc5}
+        self.log_dict(found, sync_dist=True)
 
     # ---- checkpoints ------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR
 
-from grap_solo.distributed import mean_over_processes
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.solo.backbones import build_backbone
 
@@ -125,7 +124,9 @@ def lars(groups: Iterable[dict[str, Any]], lr: float, weight_decay: float, **kwa
         lr: the learning rate.
         weight_decay: the L2 penalty's factor.
         kwargs: solo-learn's ``eta``, ``clip_lr`` and ``exclude_bias_n_norm``: whether vectors,
-            which are biases and norms, are neither adapted nor decayed; and timm's own.
+            which are biases and norms, are neither adapted nor decayed; and timm's own. Where a
+            parameter's gradient is exactly 0, timm decays it by ``lr * weight_decay``, and
+            solo-learn's leaves it.
     """
     if kwargs.pop("exclude_bias_n_norm", False):
         plain = {"weight_decay": 0, "always_adapt": False}
@@ -193,7 +194,6 @@ class BaseMomentumMethod(pl.LightningModule):
         self.no_channel_last: bool = cfg.performance.disable_channel_last
         self.knn_eval: bool = cfg.knn_eval.enabled
         self.knn: Any = None  # A method's own.
-        self.validated: list[Tensor] = []
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -293,10 +293,6 @@ class BaseMomentumMethod(pl.LightningModule):
         """A method's own: ``feats`` of one view with the probe's ``loss``, ``acc1``, ``acc5``."""
         raise NotImplementedError
 
-    def base_validation_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """A method's own: the same for a validation batch."""
-        raise NotImplementedError
-
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """A method's own: the same for the momentum networks, if they have a classifier."""
         raise NotImplementedError
@@ -340,39 +336,12 @@ class BaseMomentumMethod(pl.LightningModule):
         if self.trainer.global_step > self.last_step:
             for pair in self.momentum_pairs:
                 self.momentum_updater.update(*pair)
-            self.log("tau", self.momentum_updater.cur_tau)
+            # A tensor, since the device would have to be waited for to get a number.
+            self.log("tau", torch.full((), self.momentum_updater.cur_tau, device=self.device))
             self.momentum_updater.update_tau(
                 self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
             )
         self.last_step = self.trainer.global_step
-
-    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
-        images, targets = batch
-        out = self.base_validation_step(images, targets)
-        metrics = {
-            "val_loss": out["loss"],
-            "val_acc1": out["acc1"],
-            "val_acc5": out["acc5"],
-        }
-        if self.knn_eval and not self.trainer.sanity_checking:
-            self.knn.update(test_features=out["feats"].detach(), test_targets=targets)
-        if self.momentum_classifier is not None:
-            out = self._shared_step_momentum(images, targets)
-            metrics["momentum_val_loss"] = out["loss"]
-            metrics["momentum_val_acc1"] = out["acc1"]
-            metrics["momentum_val_acc5"] = out["acc5"]
-        # Lightning's own mean would cut the images of a process off to a whole number.
-        means = torch.cat([each.reshape(1) for each in metrics.values()])
-        self.validated.append(torch.cat([means, torch.ones_like(means[:1])]) * len(targets))
-        self.validated_names = tuple(metrics)
-
-    def on_validation_epoch_end(self) -> None:
-        *sums, images = mean_over_processes(torch.stack(self.validated).sum(0))
-        self.validated.clear()
-        self.log_dict({k: v / images for k, v in zip(self.validated_names, sums, strict=True)})
-        if self.knn_eval and not self.trainer.sanity_checking:
-            acc1, acc5 = self.knn.compute()
-            self.log_dict({"val_knn_acc1": acc1, "val_knn_acc5": acc5}, sync_dist=True)
 
     def _log(self, **metrics: Tensor) -> None:
         self.log_dict(metrics, on_epoch=True, sync_dist=True)

@@ -193,6 +193,7 @@ class Weighting(nn.Module):
     def end_epoch(self) -> None:
         """To be called at the end of each epoch."""
 
+    @torch.no_grad()
     def adapt_inner_scale(self, finite: Tensor) -> None:
         """Halves the scale of the inner gradients after a step that is not finite, and doubles it
         after 2000 in a row that are, as torch's ``GradScaler`` does with the trainer's.
@@ -200,11 +201,11 @@ class Weighting(nn.Module):
         Args:
             finite: whether the step was, shape ().
         """
-        self.finite_steps = torch.where(finite, self.finite_steps + 1, 0)
-        grow = self.finite_steps == STEPS_TO_GROW
-        self.finite_steps = torch.where(grow, 0, self.finite_steps)
+        steps = torch.where(finite, self.finite_steps + 1, 0)
+        grow = steps == STEPS_TO_GROW
         factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.inner_scale = (self.inner_scale * factor).clamp(1.0, FIRST_INNER_SCALE)
+        self.finite_steps.copy_(torch.where(grow, 0, steps))
+        self.inner_scale.mul_(factor).clamp_(1.0, FIRST_INNER_SCALE)
 
     needs_losses_after = False
     """Whether :meth:`after_step` is to be called."""
