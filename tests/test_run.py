@@ -462,3 +462,19 @@ def test_wandb_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch)
         run = pretrain(digits("grap", tmp_path, "wandb.enabled=true"))
     assert (run.directory / "metrics.csv").stat().st_size > 0
     assert not any(isinstance(each, SafeWandbLogger) for each in run.model.trainer.loggers)
+
+
+def test_fewer_validation_images_than_processes_are_refused(tmp_path, monkeypatch):
+    """One without any would leave the others waiting for its share of the means."""
+    import grap_solo.train as module
+    from grap_solo.data.datasets import Part
+
+    load = module.load_images
+    monkeypatch.setattr(
+        module,
+        "load_images",
+        lambda data, train: load(data, train=True) if train else Part(load(data, train=False), [0]),
+    )
+    with pytest.raises(ConfigError, match="data.val_path: 1 images for 2 processes"):
+        pretrain(digits("grap", tmp_path, "devices=2", "+strategy=ddp"))
+    assert not list(tmp_path.rglob("config.yaml"))
