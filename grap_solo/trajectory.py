@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 from collections.abc import Sequence
@@ -126,8 +127,9 @@ class TrajectoryRecorder(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         self._flush()
-        if self.weights is not None and trainer.global_step:
-            write_median(self.weights.path, pl_module.weighting.warmup_epochs)
+        if self.weights is not None:
+            with contextlib.suppress(ConfigError):  # There is no row yet.
+                write_median(self.weights.path, pl_module.weighting.warmup_epochs)
 
     def _flush(self) -> None:
         if self.weights is not None:

@@ -218,3 +218,15 @@ def test_unknown_keys_are_named_before_any_data_is_read(key, message, tmp_path, 
     with pytest.raises(ConfigError, match=message):
         pretrain(digits(tmp_path, key))
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_what_ends_a_run_before_its_first_row_is_what_is_raised(tmp_path):
+    from lightning.pytorch import Callback
+
+    class Fails(Callback):
+        def on_train_batch_end(self, *args):
+            raise ArithmeticError("of the callback's own")
+
+    with pytest.raises(ArithmeticError, match="of the callback's own"):
+        pretrain(digits(tmp_path), [Fails()])
+    assert not (tmp_path / "run" / "median_weights.yaml").exists()

@@ -111,9 +111,10 @@ class GrapAll4One(All4One):
             block = self.cfg.knn_eval
             self.knn = WeightedKNNClassifier(k=block.k, distance_fx=block.distance_func)
 
-        for module in self.pos_enc.modules():  # solo-learn's would save a batch's encoding.
-            if hasattr(module, "cached_penc"):
-                module.register_buffer("cached_penc", None, persistent=False)
+        for module in self.pos_enc.modules():
+            if hasattr(module, "cached_penc"):  # solo-learn's buffer, which would be saved and
+                del module.cached_penc  # averaged, has the shape of the last batch.
+                module.cached_penc = None
 
         kwargs = self.cfg.method_kwargs
         self.joined: bool = kwargs.join_feature_loss
