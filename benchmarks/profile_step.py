@@ -10,40 +10,10 @@ size of what a mask selects.
 from __future__ import annotations
 
 import argparse
-from typing import Any
-from unittest import mock
 
-import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from grap_solo.bench import contender
-
-WAITS = {"_local_scalar_dense", "is_nonzero", "masked_select", "nonzero", "equal"}
-
-
-class Counter(TorchDispatchMode):
-    """Counts operators, and those for whose result the host waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators, self.waits = 0, 0
-        original = Tensor.tolist
-
-        def tolist(each: Tensor) -> Any:  # On a CPU no operator tells of it.
-            self.waits += 1
-            return original(each)
-
-        self.tolist = tolist
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.partition(".")[0]
-        self.operators += 1
-        indexes = args[1] if name in ("index", "index_put", "index_put_") else ()
-        masked = any(each is not None and each.dtype == torch.bool for each in indexes)
-        self.waits += masked or name in WAITS
-        return func(*args, **(kwargs or {}))
+from grap_solo.bench import contender, count_operators
 
 
 def main() -> None:
@@ -56,14 +26,13 @@ def main() -> None:
     mine = contender(chosen.contender, chosen.batch, chosen.accelerator, chosen.precision)
     for _ in range(2):
         mine.seconds()
-    with Counter() as counted, mock.patch.object(Tensor, "tolist", counted.tolist):
-        mine.seconds()
+    counted = count_operators(mine.seconds)
     gpu = mine.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with profile(activities=activities) as found:
         mine.seconds()
     print(f"{chosen.contender}, batch {chosen.batch}, {chosen.precision}, {mine.device.type}")
-    print(f"{counted.operators} operators, {counted.waits} waits\n")
+    print(f"{counted.operators} operators, {len(counted.waits)} waits\n")
     averages = found.key_averages()
     attribute = "self_device_time_total" if gpu else "self_cpu_time_total"
     total = sum(getattr(each, attribute) for each in averages)

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grap_solo
 from grap_solo.balance import Step, balance
@@ -43,6 +44,7 @@ PAIRS = (
     ("grap_compiled", "grap"),
     ("fixed", "solo_learn"),
 )
+WAITS = ("_local_scalar_dense", "is_nonzero", "masked_select", "nonzero", "equal")
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
@@ -356,6 +358,44 @@ def peak_memory(mine: Contender) -> float:
             now -= live.pop(address, 0)
         peak = max(peak, now)
     return peak / 2**20
+
+
+class Operators(TorchDispatchMode):
+    """What is started while it is entered.
+
+    Attributes:
+        operators: how many operators.
+        waits: the names of those for which the host waits, on a GPU: for a value, or for the size
+            of what a mask selects.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.waits = 0, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        self.operators += 1
+        indexes = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masked = any(each is not None and each.dtype == torch.bool for each in indexes)
+        if masked or name in WAITS:
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def count_operators(function: Callable[[], Any]) -> Operators:
+    """What a function starts."""
+    with ExitStack() as patches, Operators() as found:
+        for name in ("tolist", "cpu", "numpy"):  # On a CPU no operator tells of them.
+            original = getattr(Tensor, name)
+
+            def told(each: Tensor, *args: Any, f: Any = original, n: str = name) -> Any:
+                found.waits.append(n)
+                return f(each, *args)
+
+            patches.enter_context(mock.patch.object(Tensor, name, told))
+        function()
+    return found
 
 
 # ---- growth with the number of terms --------------------------------------------------------

@@ -15,7 +15,7 @@ DECIDED = ("grap_solo.solo", "grap_solo.methods", "grap_solo.methods.all4one")
 
 def solo_learn_is_there() -> bool:
     try:
-        from solo.methods.all4one import All4One  # noqa: F401
+        importlib.import_module("solo.methods.all4one")
     except ImportError:
         return False
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -220,8 +221,8 @@ def number(value: object, key: str, above_zero: bool = False) -> float:
     Raises:
         ConfigError: it is not.
     """
-    if _is_number(value) and (value > 0 if above_zero else value >= 0):  # type: ignore[operator]
-        return float(value)  # type: ignore[arg-type]
+    if _is_number(value) and (value > 0 if above_zero else value >= 0):
+        return float(value)
     least = "a number above 0" if above_zero else "a finite number of 0 or more"
     raise ConfigError(f"{key}: expected {least}, got {value!r}")
 
@@ -237,9 +238,10 @@ def whole(value: object, key: str) -> int:
     raise ConfigError(f"{key}: expected a whole number of 0 or more, got {value!r}")
 
 
-def _is_number(value: object) -> bool:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and math.isfinite(value)  # type: ignore[arg-type]
+def _is_number(value: object) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def composite_norm(weights: Tensor, gramian: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ There each of them costs K x K algebra, since the Gramian is small and is there 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,13 +102,13 @@ class AlignedMTL(GramianWeighting):
         terms: Sequence[str],
         reference: Mapping[str, float] | None = None,
         *,
-        scale_mode: str = "min",
+        scale_mode: Literal["min", "median", "rmse"] = "min",
         **treatment: Any,
     ) -> None:
         super().__init__(terms, reference, **treatment)
         if scale_mode not in ("min", "median", "rmse"):
             raise unknown_name("weighting.scale_mode", scale_mode, ("min", "median", "rmse"))
-        self.rule = aggregation.AlignedMTLWeighting(scale_mode=scale_mode)  # type: ignore[arg-type]
+        self.rule = aggregation.AlignedMTLWeighting(scale_mode=scale_mode)
 
 
 class IMTLG(GramianWeighting):
