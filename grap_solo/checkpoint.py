@@ -38,6 +38,7 @@ class EpochCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, name: str, frequency: int = 1, keep: bool = False) -> None:
         self.folder, self.name, self.frequency, self.keep = folder, name, frequency, keep
+        self.interrupted = folder / f"{name}-interrupted.ckpt"
         self.waiting: tuple[Path, Path] | None = None
         self.saved_at = -1
 
@@ -58,9 +59,15 @@ class EpochCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Interrupted from the keyboard: what has been trained so far is written too."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
-            trainer.save_checkpoint(self.folder / f"{self.name}-interrupted.ckpt")
+        """Stopped by a signal: what has been trained so far is written too, without waiting for
+        other processes, which may be anywhere."""
+        if not isinstance(exception, KeyboardInterrupt) or not trainer.global_step:
+            return
+        if trainer.is_global_zero:
+            waiting = self.interrupted.with_suffix(".ckpt.new")
+            state = trainer._checkpoint_connector.dump_checkpoint()
+            trainer.strategy.save_checkpoint(state, waiting)
+            _put_in_place(waiting, self.interrupted)
 
     def _save(self, trainer: Trainer, epoch: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,13 +85,19 @@ class EpochCheckpoint(Checkpoint):
             return
         for logger in trainer.loggers:
             logger.save()
-        _to_disk(waiting)
-        os.replace(waiting, final)
-        _to_disk(self.folder)
+        _put_in_place(waiting, final)
+        self.interrupted.unlink(missing_ok=True)  # Of an earlier stop: this one is newer.
         if not self.keep:
             for path in epoch_checkpoints(self.folder, self.name):
                 if path != final:
                     path.unlink()
+
+
+def _put_in_place(waiting: Path, final: Path) -> None:
+    """Gives a file its name when all of it is on the disk."""
+    _to_disk(waiting)
+    os.replace(waiting, final)
+    _to_disk(final.parent)
 
 
 def _to_disk(path: Path) -> None:

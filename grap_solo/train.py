@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import inspect
 import json
 import logging
@@ -41,11 +40,12 @@ from grap_solo.data import (
     resolve_num_classes,
     split_labels,
 )
-from grap_solo.errors import ConfigError, RunStopped
+from grap_solo.errors import ConfigError
 from grap_solo.files import read_json, whole_file, write_json
 from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
 from grap_solo.solo import describe_base
+from grap_solo.stops import AGAIN, TERMINATED, EndOnTerminate, in_words
 from grap_solo.trajectory import WEIGHTS_FILE, pooled_weights
 from grap_solo.weighting import build_weighting
 
@@ -88,6 +88,8 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
 
     Raises:
         ConfigError: anything in it that cannot be used, or a run directory that is taken.
+        KeyboardInterrupt: Ctrl-C; a checkpoint of that moment is written, ``<name>-interrupted``.
+        SystemExit: SIGTERM; likewise.
     """
     cfg = prepare(source)
     directory = run_dir(cfg)
@@ -102,7 +104,8 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     _make_directory(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    trainer = _trainer(cfg, directory, callbacks, start)
+    terminate = EndOnTerminate()
+    trainer = _trainer(cfg, directory, [terminate, *callbacks], start)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
         if labelled is not None:
@@ -113,12 +116,17 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     with _wandb_run():
         try:
             trainer.fit(model, train_loader, val_loader, ckpt_path=start.path, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C.
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
-            raise
+        except SystemExit:  # Lightning's answer to both signals.
+            if not trainer.interrupted:
+                raise
+            if trainer.is_global_zero:
+                steps = trainer.global_step
+                print(f"{cfg.name}: stopped after step {steps}: {AGAIN}", file=sys.stderr)
+            if terminate.terminated:
+                raise SystemExit(TERMINATED) from None
+            raise KeyboardInterrupt from None
         except (OSError, RuntimeError) as error:
-            raise _stopped(error, directory) from error
+            raise in_words(error, directory) from error
     accuracy = trainer.callback_metrics.get("val_acc1")
     online = None if accuracy is None else accuracy.item()
     if trainer.is_global_zero and trainer.global_step:
@@ -377,23 +385,6 @@ def _plain(source: DictConfig) -> dict[Any, Any]:
     for key in ("hydra", "resume_from_checkpoint"):
         plain.pop(key, None)
     return plain
-
-
-def _stopped(error: Exception, directory: Path) -> Exception:
-    """What ended a training, in words, if it was the machine; else the error itself."""
-    line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    again = "start it again, and it goes on from its newest checkpoint"
-    if "DataLoader worker" in line:
-        return RunStopped(
-            f"data.num_workers: a process that loads data has died ({line}): give it more memory "
-            f"or fewer workers; {again}"
-        )
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    if full or "PytorchStreamWriter failed" in line or "file write failed" in line:
-        return RunStopped(
-            f"checkpoint.dir: {directory} cannot be written to ({line}): make room; {again}"
-        )
-    return error
 
 
 @contextlib.contextmanager

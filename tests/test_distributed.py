@@ -157,7 +157,7 @@ def test_what_is_not_finite_in_one_process_is_known_to_both(both):
 
 
 SCRIPT = """
-import json, os, sys
+import json, os, signal, sys
 import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
@@ -173,7 +173,7 @@ gathered, step = [], GrapAll4One.training_step
 
 def watched(self, batch, batch_idx):
     if "STOP" in os.environ and self.current_epoch == 1:
-        os._exit(9)
+        os._exit(9) if os.environ["STOP"] == "exit" else os.kill(os.getpid(), signal.SIGTERM)
     if dist.get_rank() == 1:
         batch[2].fill_(-1)
     before = int(self.queue_ptr)
@@ -247,11 +247,17 @@ def test_all4one_trains_for_two_epochs_in_two_processes(trained):
     assert len(rows) == len(steps) and {row["skipped"] for row in rows} == {""}
 
 
-def test_two_processes_that_were_stopped_go_on_to_the_same_end(trained, tmp_path):
-    assert start_script(tmp_path, STOP="1").returncode != 0
-    assert not (tmp_path / "run" / "trained.json").exists()
+@pytest.mark.parametrize("how", ["exit", "terminate"])
+def test_two_processes_that_were_stopped_go_on_to_the_same_end(how, trained, tmp_path):
+    """Both at once die, or get SIGTERM: neither waits for the other."""
+    stopped = start_script(tmp_path, STOP=how)
+    assert stopped.returncode != 0 and not (tmp_path / "run" / "trained.json").exists()
+    interrupted = tmp_path / "run" / "checkpoints" / "run-interrupted.ckpt"
+    if how == "terminate":
+        assert "run: stopped after step 4: start it again" in stopped.stderr
+        assert torch.load(interrupted, weights_only=True)["global_step"] == 4
     done = start_script(tmp_path)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert "going on after epoch 0" in done.stdout
+    assert "going on after epoch 0" in done.stdout and not interrupted.exists()
     for name in ("weights.csv", "diagnostics.csv", "metrics.csv", "median_weights.yaml"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / "run" / name).read_bytes()

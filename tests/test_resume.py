@@ -79,17 +79,21 @@ def whole(tmp_path_factory):
     return left(directory)
 
 
+def wait_for_rows_of(epoch, run):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        rows = (run / "weights.csv").read_text() if (run / "weights.csv").exists() else ""
+        if re.search(rf"^\d+,{epoch},", rows, re.MULTILINE):
+            return
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("epoch", [0, 2, 4])
 def test_killed_anywhere_it_ends_the_same(epoch, whole, tmp_path):
     process = command(tmp_path)
     run = tmp_path / "run"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:  # Killed a little after that epoch's rows are there.
-        rows = (run / "weights.csv").read_text() if (run / "weights.csv").exists() else ""
-        if re.search(rf"^\d+,{epoch},", rows, re.MULTILINE):
-            break
-        time.sleep(0.01)
-    time.sleep(0.05 * epoch)
+    wait_for_rows_of(epoch, run)
+    time.sleep(0.05 * epoch)  # Killed a little later.
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "trained.json").exists()
@@ -98,6 +102,43 @@ def test_killed_anywhere_it_ends_the_same(epoch, whole, tmp_path):
     assert again.returncode == 0, output[-3000:]
     assert ("going on after epoch" in output) or epoch == 0
     assert_equal(left(tmp_path), whole)
+
+
+def test_terminated_it_says_so_and_writes_what_it_has(whole, tmp_path):
+    process = command(tmp_path)
+    run = tmp_path / "run"
+    wait_for_rows_of(1, run)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM, output[-3000:]
+    assert "Traceback" not in output
+    (steps,) = re.findall(r"^run: stopped after step (\d+): start it again", output, re.MULTILINE)
+    interrupted = run / "checkpoints" / "run-interrupted.ckpt"
+    assert torch.load(interrupted, weights_only=True)["global_step"] == int(steps)
+    assert len((run / "weights.csv").read_text().splitlines()) == 1 + int(steps)
+    assert "weights" in (run / "median_weights.yaml").read_text()
+    again = command(tmp_path)
+    output = again.communicate()[0]
+    assert again.returncode == 0, output[-3000:]
+    assert_equal(left(tmp_path), whole)  # The only checkpoint is the last one.
+
+
+def test_a_handler_that_was_there_keeps_sigterm(tmp_path):
+    from lightning.pytorch import Callback
+
+    class Terminate(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        quiet = ["max_epochs=1", "+enable_progress_bar=false"]
+        run = pretrain(digits(tmp_path, *quiet), [Terminate()])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM] and (run.directory / "trained.json").exists()
 
 
 class Killed(Exception):
@@ -235,6 +276,7 @@ def test_interrupted_from_the_keyboard_it_writes_what_it_has(tmp_path, monkeypat
         *CHANGES,
     ]
     assert main([*arguments, f"checkpoint.dir={tmp_path}"]) == 130
+    assert "run: stopped after step 4: start it again" in capfd.readouterr().err
     run = tmp_path / "run"
     names = {path.name for path in (run / "checkpoints").glob("*.ckpt")}
     assert names == {"run-ep=0.ckpt", "run-interrupted.ckpt"}
