@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
+import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,27 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from grap_solo.data.sampling import mixed_seed
-from grap_solo.files import whole_file
 
-METRICS_FILE = "metrics.csv"
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        path: the checkpoint that it goes on from; None at the beginning.
+        epoch: the first epoch to train.
+        steps: the optimiser steps before that.
+        seconds: what these took.
+        online: the online probe's top-1 after them, in percent, if it was validated.
+    """
+
+    path: Path | None = None
+    epoch: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    online: float | None = None
 
 
 class EpochCheckpoint(Checkpoint):
@@ -34,13 +49,26 @@ class EpochCheckpoint(Checkpoint):
         name: the run's name: files are ``<name>-ep=<epoch>.ckpt``.
         frequency: epochs between two checkpoints.
         keep: keep all of them.
+        start: where the run starts.
     """
 
-    def __init__(self, folder: Path, name: str, frequency: int = 1, keep: bool = False) -> None:
+    def __init__(self, folder: Path, name: str, frequency: int, keep: bool, start: Start) -> None:
         self.folder, self.name, self.frequency, self.keep = folder, name, frequency, keep
+        self.online, self.began = start.online, time.monotonic() - start.seconds
         self.interrupted = folder / f"{name}-interrupted.ckpt"
         self.waiting: tuple[Path, Path] | None = None
         self.saved_at = -1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = trainer.callback_metrics.get("val_acc1")  # Each process asks: it may be shared.
+        if found is not None and not trainer.sanity_checking:
+            self.online = found.item()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """What the run's end tells and nothing else in the checkpoint knows."""
+        checkpoint |= {"online": self.online, "seconds": time.monotonic() - self.began}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
@@ -155,43 +183,3 @@ class EpochSeed(Callback):
             random.seed(draw)
             np.random.seed(draw)
             torch.manual_seed(draw)
-
-
-class ResumableCSVLogger(CSVLogger):
-    """Lightning's ``metrics.csv``, which goes on where a checkpoint left it.
-
-    Args:
-        folder: where to write.
-        steps: the optimiser steps after which to go on; 0 starts a new file.
-    """
-
-    def __init__(self, folder: Path, steps: int = 0) -> None:
-        super().__init__(str(folder), name="", version="")
-        # Lightning removes the file when it starts: until ours is in its place there is a copy.
-        self.copy = folder / f"{METRICS_FILE}.copy"
-        path = self.copy if self.copy.exists() else folder / METRICS_FILE
-        rows: list[dict[str, str]] = []
-        if steps and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
-        self.earlier = rows
-
-    @property
-    def experiment(self) -> Any:
-        first_process = getattr(rank_zero_only, "rank", 0) == 0
-        if not first_process or self._experiment is not None or not isinstance(self.earlier, list):
-            return super().experiment
-        rows, self.earlier = self.earlier, []
-        keys = sorted({key for row in rows for key, value in row.items() if value})
-        if rows:
-            with whole_file(self.copy) as file:
-                table = csv.DictWriter(file, keys, extrasaction="ignore")
-                table.writeheader()
-                table.writerows(rows)
-        else:
-            self.copy.unlink(missing_ok=True)  # Of a run that was before this one.
-        writer = super().experiment
-        if rows:
-            os.replace(self.copy, writer.metrics_file_path)
-            writer.metrics_keys = keys
-        return writer

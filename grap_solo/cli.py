@@ -161,7 +161,7 @@ def _train(cfg: DictConfig) -> Exception | None:
 
 
 def _retrain(arguments: list[str]) -> None:
-    from grap_solo.train import retrain
+    from grap_solo.retrain import retrain
 
     parser = _Parser(prog="retrain")
     parser.add_argument("arguments", nargs="*")
@@ -177,7 +177,7 @@ def _retrain(arguments: list[str]) -> None:
 
 def _finetune(arguments: list[str]) -> None:
     from grap_solo.errors import ConfigError
-    from grap_solo.train import finetune
+    from grap_solo.retrain import finetune
 
     runs, overrides = _runs_and_overrides("finetune", arguments)
     if len(runs) > 1:

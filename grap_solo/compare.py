@@ -22,23 +22,21 @@ from grap_solo.config import prepare, run_dir
 from grap_solo.data import evaluation_loader, load_images, resolve_num_classes
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.evaluate import device_of, evaluate
-from grap_solo.files import only_one, read_json, write_json
+from grap_solo.files import CONFIG_FILE, only_one, read_json, write_json
 from grap_solo.methods import GrapAll4One
+from grap_solo.recorded import COST_FILE, RESULT_FILE
 from grap_solo.report import report
+from grap_solo.retrain import newest_checkpoint
 from grap_solo.summary import BASE, table_of_methods, table_of_runs, write_summary
 from grap_solo.train import (
-    CONFIG_FILE,
     TRAINED_FILE,
-    newest_checkpoint,
     prepare_one_of_many,
     pretrain,
 )
 from grap_solo.trajectory import WEIGHTS_FILE, median_weights
 from grap_solo.weighting import WEIGHTINGS
 
-RESULT_FILE = "result.json"
 FAILURE_FILE = "failure.json"
-COST_FILE = "cost.json"
 CHILDREN = ("_tuned", "_finetuned")
 GRID_KEYS = ("methods", "seeds", "processes", "definitions")
 

@@ -17,8 +17,9 @@ from grap_solo.data import evaluation_loader, load_images
 from grap_solo.errors import ConfigError
 from grap_solo.evaluate import Evaluation, evaluate
 from grap_solo.methods import GrapAll4One
+from grap_solo.retrain import retrain
 from grap_solo.summary import markdown
-from grap_solo.train import Run, pretrain, retrain
+from grap_solo.train import Run, pretrain
 from grap_solo.trajectory import MEDIAN_FILE, median_weights
 
 CONFIGS = Path(grap_solo.__file__).parents[1] / "configs" / "digits"

@@ -12,6 +12,9 @@ from typing import Any, TextIO
 
 from grap_solo.errors import ConfigError
 
+CONFIG_FILE = "config.yaml"
+"""A run's configuration, in its folder."""
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:

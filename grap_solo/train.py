@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
-import os
-import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +20,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     LearningRateMonitor,
-    TQDMProgressBar,
 )
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_only
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig, OmegaConf
 
-from grap_solo.checkpoint import EpochCheckpoint, EpochSeed, ResumableCSVLogger, newest_whole
+from grap_solo.checkpoint import EpochCheckpoint, EpochSeed, Start, newest_whole
 from grap_solo.config import images_per_step, prepare, run_dir, terms_of
 from grap_solo.data import (
     evaluation_loader,
@@ -41,18 +36,23 @@ from grap_solo.data import (
     split_labels,
 )
 from grap_solo.errors import ConfigError
-from grap_solo.files import read_json, whole_file, write_json
+from grap_solo.files import CONFIG_FILE, whole_file, write_json
+from grap_solo.loggers import (
+    ResumableCSVLogger,
+    WeightsProgressBar,
+    is_first_process,
+    wandb_logger,
+    wandb_run,
+)
 from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
 from grap_solo.solo import describe_base
 from grap_solo.stops import AGAIN, TERMINATED, EndOnTerminate, in_words
-from grap_solo.trajectory import WEIGHTS_FILE, pooled_weights
+from grap_solo.trajectory import WEIGHTS_FILE
 from grap_solo.weighting import build_weighting
 
-CONFIG_FILE = "config.yaml"
 LABELS_FILE = "labels.csv"
 TRAINED_FILE = "trained.json"
-WANDB_FILE = "wandb.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         says = f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}"
         print(says + (f", going on after epoch {start.epoch - 1}" * bool(start.epoch)), flush=True)
     began = time.monotonic()
-    with _wandb_run():
+    with wandb_run():
         try:
             trainer.fit(model, train_loader, val_loader, ckpt_path=start.path, weights_only=True)
         except SystemExit:  # Lightning's answer to both signals.
@@ -128,7 +128,8 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         except (OSError, RuntimeError) as error:
             raise in_words(error, directory) from error
     accuracy = trainer.callback_metrics.get("val_acc1")
-    online = None if accuracy is None else accuracy.item()
+    # Killed after its last checkpoint, a run has no epoch left to be validated in.
+    online = start.online if accuracy is None else accuracy.item()
     if trainer.is_global_zero and trainer.global_step:
         record, picture = directory / WEIGHTS_FILE, directory / "weights.png"
         plot_weights(record, picture, terms_of(cfg), model.weighting.warmup_epochs)
@@ -159,169 +160,6 @@ def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
         train_loader = CombinedLoader({"train": train_loader, "labelled": seen}, "max_size_cycle")
     val_loader = None if val_images is None else evaluation_loader(cfg, val_images, keep=True)
     return train_loader, val_loader, labelled
-
-
-def retrain(
-    parents: Sequence[Path],
-    load: Callable[[Path], DictConfig],
-    epochs: tuple[int, int] | None = None,
-    last: int | None = None,
-) -> Run:
-    """Trains again with the median weights that runs have found ("tuned", paper 4.2).
-
-    The new run goes beside the first one, with ``_tuned`` behind its name, unless the command line
-    gives it another ``name`` or ``checkpoint.dir``. Its ``config.yaml`` is complete: the weights,
-    and ``tuned_from``, which says what they come from.
-
-    Args:
-        parents: the runs' directories; the first one's configuration is trained.
-        load: composes a configuration file, with what the command line changes in it.
-        epochs: see :func:`~grap_solo.trajectory.pooled_weights`.
-        last: see :func:`~grap_solo.trajectory.pooled_weights`.
-
-    Raises:
-        ConfigError: not a run's directory, or what :func:`pretrain` refuses.
-    """
-    cfg = _child(parents[0], load, "tuned")
-    warmup = [OmegaConf.select(_read_config(each), WARMUP, default=0) for each in parents]
-    weights = pooled_weights([each / WEIGHTS_FILE for each in parents], warmup, epochs, last)
-    cfg.method = "grap_all4one"
-    cfg.weighting = {"name": "fixed", "weights": weights}
-    cfg.tuned_from = {"runs": [str(each) for each in parents], "epochs": epochs, "last": last}
-    return pretrain(cfg)
-
-
-def finetune(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
-    """Trains a run's backbone on with the labels, end to end ("Tuned", paper Table 6).
-
-    The new run goes beside the old one, with ``_finetuned`` behind its name, as in
-    :func:`retrain`.
-
-    Args:
-        parent: the run's directory.
-        load: composes a configuration file, with what the command line changes in it.
-
-    Raises:
-        ConfigError: not a run's directory, no checkpoint in it, or what :func:`pretrain` refuses.
-    """
-    cfg = _child(parent, load, "finetuned")
-    cfg.method = "grap_all4one"
-    cfg.weighting = {"name": "supervised"}
-    cfg.labels = {**cfg.get("labels", {}), "split": "train"}
-    cfg.pretrained_feature_extractor = str(newest_checkpoint(parent))
-    return pretrain(cfg)
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The last checkpoint of a run.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ConfigError(f"{run / 'checkpoints'}: no checkpoint: train with checkpoint.enabled")
-    return found[-1]
-
-
-WARMUP = "weighting.warmup_epochs"
-
-
-def _read_config(run: Path) -> Any:
-    file = run / CONFIG_FILE
-    if not file.is_file():
-        raise ConfigError(f"{file}: no such file: give the folder of a run that has been trained")
-    return OmegaConf.load(file)
-
-
-def _child(parent: Path, load: Callable[[Path], DictConfig], suffix: str) -> DictConfig:
-    """A run's configuration for another run beside it."""
-    saved = _read_config(parent)
-    cfg = load(parent / CONFIG_FILE)
-    OmegaConf.set_struct(cfg, False)
-    if cfg.name == saved.name:
-        cfg.name = f"{parent.resolve().name}_{suffix}"
-    if OmegaConf.select(cfg, "checkpoint.dir") == OmegaConf.select(saved, "checkpoint.dir"):
-        OmegaConf.update(cfg, "checkpoint.dir", str(parent.parent), force_add=True)
-    cfg.resume_from_checkpoint = None
-    return cfg
-
-
-class WeightsProgressBar(TQDMProgressBar):
-    """Epoch, the current effective weights and the probe's accuracy."""
-
-    accuracy: float | None = None
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        assert isinstance(pl_module, GrapAll4One)
-        named = zip(pl_module.weighting.terms, pl_module.shown_weights, strict=True)
-        metrics: dict[str, Any] = {name: f"{value:.2f}" for name, value in named}
-        if self.accuracy is not None:
-            metrics["probe"] = f"{self.accuracy:.1f}%"
-        return metrics
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        # Here, for it makes the processes wait for each other, and only the first one has a bar.
-        found = trainer.callback_metrics.get("val_acc1")
-        self.accuracy = None if found is None else found.item()
-
-    def init_validation_tqdm(self) -> Tqdm:
-        return Tqdm(disable=True)  # One bar is enough: its probe shows what validation found.
-
-
-class SafeWandbLogger(WandbLogger):
-    """W&B that cannot stop a run: its first failure is a warning, and the CSV files go on."""
-
-    failed = False
-
-    def _guard(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if self.failed:
-            return
-        try:
-            method(*args, **kwargs)
-        except Exception as error:  # Whatever it is, the run matters more.
-            self.failed = True
-            warnings.warn(
-                f"W&B failed and is left out from here on ({error}); metrics.csv goes on. "
-                "Set wandb.offline=True or wandb.enabled=False to do without its server",
-                stacklevel=2,
-            )
-
-    def start(self, hparams: dict[str, Any]) -> bool:
-        """Opens the run and logs the configuration; False if that failed."""
-        self._guard(lambda: self.experiment)
-        self.log_hyperparams(hparams)
-        return not self.failed
-
-    def log_hyperparams(self, params: Any) -> None:
-        self._guard(super().log_hyperparams, params)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._guard(super().log_metrics, metrics, step)
-
-    def save(self) -> None:
-        self._guard(super().save)
-
-    def finalize(self, status: str) -> None:
-        self._guard(super().finalize, status)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run starts.
-
-    Attributes:
-        path: the checkpoint that it goes on from; None at the beginning.
-        epoch: the first epoch to train.
-        steps: the optimiser steps before that.
-        seconds: what these took.
-    """
-
-    path: Path | None = None
-    epoch: int = 0
-    steps: int = 0
-    seconds: float = 0.0
 
 
 def _where_to_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
@@ -357,7 +195,13 @@ def _where_to_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Sta
     if found is None:
         return Start()
     path, state = found
-    return Start(path, state["epoch"] + 1, state["global_step"], state.get("seconds", 0.0))
+    return Start(
+        path,
+        state["epoch"] + 1,
+        state["global_step"],
+        state.get("seconds", 0.0),
+        state.get("online"),
+    )
 
 
 def _read_checkpoint(path: Path, key: str) -> dict[str, Any]:
@@ -385,20 +229,6 @@ def _plain(source: DictConfig) -> dict[Any, Any]:
     for key in ("hydra", "resume_from_checkpoint"):
         plain.pop(key, None)
     return plain
-
-
-@contextlib.contextmanager
-def _wandb_run() -> Iterator[None]:
-    """Ends W&B's run with the training: the next one in this process would go on in it."""
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        wandb = sys.modules.get("wandb")
-        if wandb is not None and wandb.run is not None:
-            with contextlib.suppress(Exception):  # Whatever it is, the run matters more.
-                wandb.finish(int(failed))
 
 
 def _check_weighting_state(cfg: DictConfig, saved: Mapping[str, Any], key: str) -> None:
@@ -446,7 +276,7 @@ def _make_directory(directory: Path) -> None:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"checkpoint.dir: {directory} cannot be made: {error}") from None
-    if _is_first_process():
+    if is_first_process():
         for path in (directory / "checkpoints").glob("*.ckpt.new"):
             path.unlink()
 
@@ -467,11 +297,12 @@ def _trainer(
                 cfg.name,
                 cfg.checkpoint.frequency,
                 cfg.checkpoint.keep_prev,
+                start,
             )
         )
     loggers: list[Logger] = [ResumableCSVLogger(directory, start.steps)]
     if cfg.wandb.enabled:
-        wandb = _wandb_logger(cfg, directory)
+        wandb = wandb_logger(cfg, directory)
         if wandb is not None:
             loggers.append(wandb)
             callbacks.append(LearningRateMonitor(logging_interval="step"))
@@ -493,47 +324,12 @@ def _trainer(
         raise ConfigError(f"trainer: {error}".splitlines()[0]) from None
 
 
-def _wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
-    """W&B's logger with its run opened; None, with a warning, if that cannot be done.
-
-    A run that goes on goes on in its W&B run; a sweep's agent says itself which one that is.
-    """
-    known = {"id": os.environ.get("WANDB_RUN_ID")}
-    if known["id"] is None:
-        known = read_json(directory / WANDB_FILE) or {"id": secrets.token_hex(4)}
-        if _is_first_process():
-            write_json(directory / WANDB_FILE, known)
-    try:
-        logger = SafeWandbLogger(
-            name=cfg.name,
-            project=cfg.wandb.project,
-            entity=cfg.wandb.entity,
-            offline=cfg.wandb.offline,
-            save_dir=str(directory),
-            id=known["id"],
-        )
-    except ModuleNotFoundError:
-        warnings.warn(
-            "W&B failed and is left out: it is not installed (pip install wandb); metrics.csv "
-            "goes on",
-            stacklevel=2,
-        )
-        return None
-    container: Any = OmegaConf.to_container(cfg, resolve=True)
-    return logger if logger.start(container) else None
-
-
 def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None:
     """``config.yaml`` to train from again, and ``args.json`` as solo-learn's scripts read it."""
     with whole_file(directory / CONFIG_FILE) as file:
         OmegaConf.save(OmegaConf.create(_plain(source)), file)
     arguments = OmegaConf.to_container(cfg, resolve=True)
     (directory / "checkpoints" / "args.json").write_text(json.dumps(arguments, indent=1))
-
-
-def _is_first_process() -> bool:
-    """Whether this is the process that writes, before a trainer is there to say so."""
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:

@@ -28,7 +28,8 @@ from IPython.display import Image, display
 
 from grap_solo.data import evaluation_loader, load_images
 from grap_solo.evaluate import evaluate
-from grap_solo.train import pretrain, retrain
+from grap_solo.retrain import retrain
+from grap_solo.train import pretrain
 
 EPOCHS = int(os.environ.get("EPOCHS", 10))
 FOLDERS = (Path.cwd(), *Path.cwd().parents)

@@ -14,7 +14,8 @@ import yaml
 from grap_solo import plots
 from grap_solo.errors import ConfigError
 from grap_solo.plots import Point, last_epoch_median, mean_and_std, step_epochs, term_colors
-from grap_solo.report import _gramian, _group, _read_run, report
+from grap_solo.recorded import _group, _read_run
+from grap_solo.report import _gramian, report
 
 FOUR = ("nnclr", "attn_nnclr", "byol", "barlow")
 THREE = ("nnclr", "attn_nnclr", "feature")

@@ -1,5 +1,6 @@
 """A run that is killed and started again ends as if it had not been, to the bit."""
 
+import json
 import os
 import re
 import signal
@@ -182,6 +183,22 @@ def test_every_state_comes_back(weighting, moment, tmp_path):
         pretrain(digits(tmp_path / "parts", *overrides, file=file), [Stop()])
     pretrain(digits(tmp_path / "parts", *overrides, file=file))
     assert_equal(left(tmp_path / "parts"), left(tmp_path / "whole"))
+
+
+def test_killed_after_its_last_checkpoint_it_tells_what_it_would_have(tmp_path):
+    quiet = ["max_epochs=2", "+enable_progress_bar=false"]
+    first = pretrain(digits(tmp_path, *quiet))
+    file = tmp_path / "run" / "trained.json"
+    trained = json.loads(file.read_text())
+    file.unlink()
+    (tmp_path / "run" / "weights.png").unlink()
+    again = pretrain(digits(tmp_path, *quiet))
+    assert again.accuracy == first.accuracy == json.loads(file.read_text())["online"]
+    # All of the training, and starting twice.
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["seconds"]
+    assert 0.5 * trained["seconds"] < saved < json.loads(file.read_text())["seconds"]
+    assert (tmp_path / "run" / "weights.png").exists()
 
 
 def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, monkeypatch):

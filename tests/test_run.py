@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.demo import demo
+from grap_solo.loggers import SafeWandbLogger
 from grap_solo.methods import GrapAll4One
-from grap_solo.train import SafeWandbLogger, pretrain, retrain
+from grap_solo.retrain import retrain
+from grap_solo.train import pretrain
 from grap_solo.trajectory import median_weights, read_weights
 
 ROOT = Path(__file__).parents[1]

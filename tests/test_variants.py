@@ -14,7 +14,8 @@ from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.data.datasets import Digits, Images, split_labels
 from grap_solo.methods import GrapAll4One
-from grap_solo.train import finetune, newest_checkpoint, pretrain
+from grap_solo.retrain import finetune, newest_checkpoint
+from grap_solo.train import pretrain
 from grap_solo.trajectory import pooled_weights, read_weights
 from grap_solo.weighting import CAUSES, WEIGHTINGS
 
