@@ -1,6 +1,8 @@
 """The contenders of the step benchmark do a step's work, and the tables hold what was measured."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +97,14 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_what_is_beside_the_backbone_is_timed_alone(monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "benchmarks" / "heads.py"
+    monkeypatch.setattr("sys.argv", [str(script), "fixed", "grap", "--batch", "8", "--rounds", "1"])
+    runpy.run_path(str(script), run_name="__main__")
+    header, _, *rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    columns = ["contender", "step, ms", "optimiser, ms", "momentum update, ms"]
+    assert [cell.strip() for cell in header] == columns
+    assert [row[0].strip() for row in rows] == ["fixed", "grap"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:])

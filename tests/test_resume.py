@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,11 @@ class Killed(Exception):
         ("famo", "on_train_epoch_end"),
         ("grap_held_out", "on_validation_end"),
         ("grap_held_out", "on_train_batch_end"),
+        pytest.param(
+            "compiled",
+            "on_train_batch_end",
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+        ),
     ],
 )
 def test_every_state_comes_back(weighting, moment, tmp_path):
@@ -166,6 +172,7 @@ def test_every_state_comes_back(weighting, moment, tmp_path):
             ["+weighting.ema=0.5", "+labels={split: held_out, fraction: 0.2}",
              "optimizer.batch_size=32", "data.num_workers=1"], "grap",
         ),
+        "compiled": (["+performance.compile=true"], "grap"),
     }  # fmt: skip
     overrides, file = keys[weighting]
     overrides = [*overrides, "max_epochs=3", "+enable_progress_bar=false"]
