@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from grap_solo.data.sampling import mixed_seed
 
@@ -87,14 +88,18 @@ class EpochCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Stopped by a signal: what has been trained so far is written too, without waiting for
-        other processes, which may be anywhere."""
-        if not isinstance(exception, KeyboardInterrupt) or not trainer.global_step:
+        """Stopped by a signal: what has been trained so far is written too."""
+        waiting = self.interrupted.with_suffix(".ckpt.new")
+        if not trainer.global_step:
+            return
+        if isinstance(exception, SIGTERMException):
+            trainer.save_checkpoint(waiting)  # Where all processes are.
+        elif isinstance(exception, KeyboardInterrupt):
+            state = trainer._checkpoint_connector.dump_checkpoint()
+            trainer.strategy.save_checkpoint(state, waiting)  # The others may be anywhere.
+        else:
             return
         if trainer.is_global_zero:
-            waiting = self.interrupted.with_suffix(".ckpt.new")
-            state = trainer._checkpoint_connector.dump_checkpoint()
-            trainer.strategy.save_checkpoint(state, waiting)
             _put_in_place(waiting, self.interrupted)
 
     def _save(self, trainer: Trainer, epoch: int) -> None:

@@ -30,13 +30,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from grap_solo.config import run_dir, terms_of
 from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.files import only_one, read_json
+from grap_solo.files import only_one, read_json, write_json
 from grap_solo.plots import COLORS
 from grap_solo.summary import markdown
-from grap_solo.train import TRAINED_FILE, prepare_one_of_many, pretrain
+from grap_solo.train import prepare_one_of_many, pretrain
 from grap_solo.trajectory import MEDIAN_FILE, read_median
 
 STUDY_FILE = "study.db"
+RESULT_FILE = "result.json"
 REPORT_FILES = ("search.md", "search.csv", "search.png")
 
 RANGE = 10.0
@@ -300,10 +301,14 @@ def _run_comparison(plain: dict[str, Any], directory: Path) -> None:
 
 
 def _run_once(cfg: DictConfig) -> None:
-    """Trains unless that has been finished already."""
-    if not (run_dir(cfg) / TRAINED_FILE).is_file():
-        _remove_unfinished(run_dir(cfg))
-        pretrain(cfg)
+    """Trains unless that has been finished already, and records accuracy and seconds."""
+    file = run_dir(cfg) / RESULT_FILE
+    if file.is_file():
+        return
+    _remove_unfinished(run_dir(cfg))
+    start = time.monotonic()
+    run = pretrain(cfg)
+    write_json(file, {"accuracy": run.accuracy, "seconds": time.monotonic() - start})
 
 
 # ---- the report -------------------------------------------------------------------------------
@@ -355,14 +360,14 @@ def _grap_rows(directory: Path) -> list[Row]:
     """``grap`` and ``grap_tuned``, as far as they have finished; tuning needs both."""
     rows: list[Row] = []
     for name in ("grap", "grap_tuned"):
-        trained = read_json(directory / name / TRAINED_FILE)
-        if trained is None:
+        result = read_json(directory / name / RESULT_FILE)
+        if result is None:
             break
-        seconds = trained["seconds"]
+        seconds = result["seconds"]
         total = sum(row.seconds for row in rows) + seconds
         weights = read_median(directory / name / MEDIAN_FILE)
         runs = len(rows) + 1
-        rows.append(Row(name, weights, trained["online"], "complete", "", seconds, runs, total))
+        rows.append(Row(name, weights, result["accuracy"], "complete", "", seconds, runs, total))
     return rows
 
 

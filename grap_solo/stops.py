@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import errno
 import signal
-import threading
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Trainer
 
 from grap_solo.errors import RunStopped
 
@@ -19,31 +16,35 @@ TERMINATED = 128 + signal.SIGTERM
 """The exit code of a process that SIGTERM has ended."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a training as Ctrl-C does."""
+def let_sigterm_wait_for_the_step(trainer: Trainer) -> None:
+    """Has SIGTERM end a training after the step that it comes in, in all processes after the same.
 
+    Lightning's own handler has a process tell the others at once. Where all of them get the signal,
+    as SLURM and torchrun send it, that falls in between a step's own messages, and they crash or
+    wait for ever. Here the first one takes note, and tells the others where Lightning has them ask:
+    before each batch. With a handler that was there before, such as submitit's, the training goes
+    on.
 
-class EndOnTerminate(Callback):
-    """Has SIGTERM end a training as Ctrl-C does, in each process by itself.
-
-    Lightning's own handler has processes tell each other from within whatever they are doing: when
-    all of them get the signal, as SLURM and torchrun send it, they wait for each other for ever. A
-    handler that was there before, such as submitit's, stays.
+    Args:
+        trainer: before it starts.
     """
+    connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
+    taken = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None)
+    tell = loop._broadcast_sigterm_tensor
+    asked = False
 
-    def __init__(self) -> None:
-        self.before = signal.getsignal(signal.SIGTERM)
-        self.terminated = False
+    def take_note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = not taken and trainer.is_global_zero
+        if trainer.world_size == 1:
+            connector.received_sigterm = asked
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():  # Only there it can be set.
-            default = self.before is signal.SIG_DFL
-            signal.signal(signal.SIGTERM, self._terminate if default else self.before)
+    def tell_others() -> None:
+        connector.received_sigterm = asked
+        tell()
 
-    def _terminate(self, number: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # Again: what it is about to write would be cut.
-        self.terminated = True
-        raise Terminated
+    vars(connector)["_sigterm_notifier_fn"] = take_note
+    vars(loop)["_broadcast_sigterm_tensor"] = tell_others
 
 
 def in_words(error: Exception, directory: Path) -> Exception:

@@ -23,9 +23,16 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from grap_solo.checkpoint import EpochCheckpoint, EpochSeed, Start, newest_whole
+from grap_solo.checkpoint import (
+    EpochCheckpoint,
+    EpochSeed,
+    Start,
+    epoch_checkpoints,
+    newest_whole,
+)
 from grap_solo.config import images_per_step, prepare, run_dir, terms_of
 from grap_solo.data import (
     evaluation_loader,
@@ -47,7 +54,7 @@ from grap_solo.loggers import (
 from grap_solo.methods import GrapAll4One
 from grap_solo.plots import plot_weights
 from grap_solo.solo import describe_base
-from grap_solo.stops import AGAIN, TERMINATED, EndOnTerminate, in_words
+from grap_solo.stops import AGAIN, TERMINATED, in_words, let_sigterm_wait_for_the_step
 from grap_solo.trajectory import WEIGHTS_FILE
 from grap_solo.weighting import build_weighting
 
@@ -89,7 +96,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     Raises:
         ConfigError: anything in it that cannot be used, or a run directory that is taken.
         KeyboardInterrupt: Ctrl-C; a checkpoint of that moment is written, ``<name>-interrupted``.
-        SystemExit: SIGTERM; likewise.
+        SystemExit: SIGTERM; likewise, of the end of its step.
     """
     cfg = prepare(source)
     directory = run_dir(cfg)
@@ -104,8 +111,8 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     _make_directory(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    terminate = EndOnTerminate()
-    trainer = _trainer(cfg, directory, [terminate, *callbacks], start)
+    trainer = _trainer(cfg, directory, callbacks, start)
+    let_sigterm_wait_for_the_step(trainer)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
         if labelled is not None:
@@ -116,15 +123,15 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     with wandb_run():
         try:
             trainer.fit(model, train_loader, val_loader, ckpt_path=start.path, weights_only=True)
-        except SystemExit:  # Lightning's answer to both signals.
-            if not trainer.interrupted:
+        except SystemExit as end:  # Lightning's answer to both signals.
+            terminated = isinstance(end, SIGTERMException)
+            if not terminated and not isinstance(end.__context__, KeyboardInterrupt):
                 raise
             if trainer.is_global_zero:
-                steps = trainer.global_step
-                print(f"{cfg.name}: stopped after step {steps}: {AGAIN}", file=sys.stderr)
-            if terminate.terminated:
-                raise SystemExit(TERMINATED) from None
-            raise KeyboardInterrupt from None
+                saved = epoch_checkpoints(directory / "checkpoints", cfg.name)
+                says = f"{cfg.name}: stopped after step {trainer.global_step}: "
+                print(says + (AGAIN if saved else "start it again"), file=sys.stderr)
+            raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
         except (OSError, RuntimeError) as error:
             raise in_words(error, directory) from error
     accuracy = trainer.callback_metrics.get("val_acc1")

@@ -68,7 +68,7 @@ def command(directory, *overrides):
         [sys.executable, "-m", "grap_solo.cli", "pretrain", "--config-path", str(DIGITS),
          "--config-name", "grap", *changes],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
 
 
@@ -107,10 +107,11 @@ def test_killed_anywhere_it_ends_the_same(epoch, whole, tmp_path):
 
 
 def test_terminated_it_says_so_and_writes_what_it_has(whole, tmp_path):
-    process = command(tmp_path)
+    """It, and the processes that load its data."""
+    process = command(tmp_path, "data.num_workers=2")
     run = tmp_path / "run"
     wait_for_rows_of(1, run)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM, output[-3000:]
     assert "Traceback" not in output
@@ -119,7 +120,7 @@ def test_terminated_it_says_so_and_writes_what_it_has(whole, tmp_path):
     assert torch.load(interrupted, weights_only=True)["global_step"] == int(steps)
     assert len((run / "weights.csv").read_text().splitlines()) == 1 + int(steps)
     assert "weights" in (run / "median_weights.yaml").read_text()
-    again = command(tmp_path)
+    again = command(tmp_path, "data.num_workers=2")
     output = again.communicate()[0]
     assert again.returncode == 0, output[-3000:]
     assert_equal(left(tmp_path), whole)  # The only checkpoint is the last one.

@@ -259,11 +259,11 @@ def test_the_pruner_sees_every_epoch_and_spares_a_run_at_its_end(copy, epoch, st
 
 def test_a_grap_run_that_was_cut_off_is_done_again(copy):
     before = times(copy)
-    file = copy / "grap_tuned" / "trained.json"
-    trained = json.loads(file.read_text())
+    file = copy / "grap_tuned" / "result.json"
+    result = json.loads(file.read_text())
     file.unlink()
     go_on(copy, 2)
-    assert json.loads(file.read_text())["online"] == trained["online"]
+    assert json.loads(file.read_text())["accuracy"] == result["accuracy"]
     changed = {path for path, time in times(copy).items() if time != before[path]}
     assert {path.parts[0] for path in changed} == {"grap_tuned"}
     assert Path("grap_tuned/config.yaml") in changed

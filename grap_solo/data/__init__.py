@@ -24,7 +24,13 @@ from grap_solo.data.datasets import (
     load_images,
     split_labels,
 )
-from grap_solo.data.sampling import EpochSampler, Place, ShareSampler, mixed_seed
+from grap_solo.data.sampling import (
+    EpochSampler,
+    Place,
+    ShareSampler,
+    leave_sigterm_to_the_training,
+    mixed_seed,
+)
 from grap_solo.errors import ConfigError
 
 __all__ = [
@@ -171,5 +177,6 @@ def _loader(
         batch_size=cfg.optimizer.batch_size,
         num_workers=cfg.data.num_workers,
         persistent_workers=cfg.data.num_workers > 0,
+        worker_init_fn=leave_sigterm_to_the_training,
         pin_memory=torch.cuda.is_available(),
     )

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from grap_solo.data.augmentations import GaussianBlur, build_views
 from grap_solo.data.datasets import Images
-from grap_solo.data.sampling import EpochSampler, mixed_seed
+from grap_solo.data.sampling import EpochSampler, leave_sigterm_to_the_training, mixed_seed
 from grap_solo.distributed import rank, world_size
 from grap_solo.errors import ConfigError
 
@@ -420,6 +420,7 @@ class BatchedLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=dataset.device.type == "cpu" and torch.cuda.is_available(),
+            worker_init_fn=leave_sigterm_to_the_training,
             generator=torch.Generator(),  # Else each epoch takes a number from the global one.
         )
 

@@ -6,6 +6,7 @@ what an uninterrupted one sees, whatever the number of workers.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -69,3 +70,9 @@ class ShareSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(rank(), self.size, world_size()))
+
+
+def leave_sigterm_to_the_training(worker: int) -> None:
+    """A process that loads data ends with the training, not when all get SIGTERM: the training
+    still ends its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
