@@ -173,7 +173,7 @@ def test_every_state_comes_back(weighting, moment, tmp_path):
             ["+weighting.ema=0.5", "+labels={split: held_out, fraction: 0.2}",
              "optimizer.batch_size=32", "data.num_workers=1"], "grap",
         ),
-        "compiled": (["+performance.compile=true"], "grap"),
+        "compiled": (["+performance.compile=true", "+limit_val_batches=1"], "grap"),
     }  # fmt: skip
     overrides, file = keys[weighting]
     overrides = [*overrides, "max_epochs=3", "+enable_progress_bar=false"]
