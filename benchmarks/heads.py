@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grap_solo.bench import Contender, contender, in_turns
+from grap_solo.solo import BASE
 from grap_solo.summary import markdown
 
 
@@ -59,7 +60,8 @@ def momentum(mine: Contender) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("contenders", nargs="*", default=["fixed", "grap", "solo_learn"])
+    there = ["fixed", "grap", *(["solo_learn"] if BASE == "solo-learn" else [])]
+    parser.add_argument("contenders", nargs="*", default=there)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=40)
     given = parser.parse_args()

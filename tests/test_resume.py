@@ -197,15 +197,15 @@ def test_killed_after_its_last_checkpoint_it_tells_what_it_would_have(tmp_path):
     quiet = ["max_epochs=2", "+enable_progress_bar=false"]
     first = pretrain(digits(tmp_path, *quiet))
     file = tmp_path / "run" / "trained.json"
-    trained = json.loads(file.read_text())
     file.unlink()
     (tmp_path / "run" / "weights.png").unlink()
-    again = pretrain(digits(tmp_path, *quiet))
-    assert again.accuracy == first.accuracy == json.loads(file.read_text())["online"]
-    # All of the training, and starting twice.
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
-    saved = torch.load(checkpoint, weights_only=True)["seconds"]
-    assert 0.5 * trained["seconds"] < saved < json.loads(file.read_text())["seconds"]
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["seconds"] > 0
+    torch.save({**state, "seconds": 1e6}, checkpoint)  # As if it had trained for so long.
+    again = pretrain(digits(tmp_path, *quiet))
+    trained = json.loads(file.read_text())
+    assert again.accuracy == first.accuracy == trained["online"] and trained["seconds"] > 1e6
     assert (tmp_path / "run" / "weights.png").exists()
 
 

@@ -11,6 +11,7 @@ from grap_solo import (
     Fixed,
     GraP,
     Statistics,
+    Weighting,
     balance,
     build_weighting,
 )
@@ -269,3 +270,11 @@ def test_registry_builds_what_it_names():
     assert isinstance(grap, GraP) and grap.lr == 0.01
     with pytest.raises(ConfigError, match="one or more different names"):
         GraP(["a", "a"])
+
+
+def test_a_rule_without_a_direction_is_refused_when_it_is_made():
+    class Unfinished(Weighting):
+        pass
+
+    with pytest.raises(TypeError, match="direction"):
+        Unfinished(["a", "b"])

@@ -7,6 +7,7 @@ Same configuration keys, submodule names, metric names and numbers as solo-learn
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -150,7 +151,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class BaseMomentumMethod(pl.LightningModule):
+class BaseMomentumMethod(pl.LightningModule, ABC):
     """Backbone, its momentum copy, online probe, optimiser and schedule.
 
     Args:
@@ -289,13 +290,13 @@ class BaseMomentumMethod(pl.LightningModule):
     def _images(self, X: Tensor) -> Tensor:
         return X if self.no_channel_last else X.to(memory_format=torch.channels_last)
 
+    @abstractmethod
     def base_training_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """A method's own: ``feats`` of one view with the probe's ``loss``, ``acc1``, ``acc5``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """A method's own: the same for the momentum networks, if they have a classifier."""
-        raise NotImplementedError
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Any:
         """Both networks on every view, with the probe's metrics; no loss of a method's own."""

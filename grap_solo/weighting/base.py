@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -44,7 +45,7 @@ class Statistics:
     downstream_norm: Tensor | None = None
 
 
-class Weighting(nn.Module):
+class Weighting(nn.Module, ABC):
     """Base of all weightings. In ``eval()`` mode a weighting that learns holds its weights.
 
     A rule gives a *direction*, K weights; three keys, which every rule takes, say what is done
@@ -153,9 +154,9 @@ class Weighting(nn.Module):
             raise ConfigError(f"{where}: every weight is 0: give at least one term some weight")
         return vector
 
+    @abstractmethod
     def direction(self, statistics: Statistics) -> Tensor:
         """The rule's weights, shape (K,). In training mode it learns from the statistics."""
-        raise NotImplementedError
 
     def forward(self, statistics: Statistics, evidence: Statistics | None = None) -> Tensor:
         """The effective weights of this step, shape (K,): multipliers of the plain losses.
