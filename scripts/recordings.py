@@ -1,0 +1,83 @@
+"""Digests of what short runs leave behind, to compare two commits bit for bit on one machine.
+
+    python scripts/recordings.py before.json               # at one commit
+    python scripts/recordings.py after.json before.json    # at another: exit code 1 if they differ
+
+Each method is trained for two epochs on the digits with its reference weights and with GraP. With
+solo-learn's main branch on PYTHONPATH the same runs stand on solo-learn's base classes, and stop
+after 20 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from grap_solo.solo import BASE
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "digits"
+FILES = ("weights.csv", "metrics.csv", "median_weights.yaml")
+RUNS = {"all4one": "all4one", "grap_all4one": "grap"}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def record(file: str, directory: Path) -> dict[str, str]:
+    """Trains one configuration file; digests of the run's records and of its final state dict."""
+    changes = ["max_epochs=2", "+enable_progress_bar=false", "name=run"]
+    changes += [f"checkpoint.dir={directory}", "log_every_n_steps=1"]
+    if BASE == "solo-learn":
+        # solo-learn's base builds a resnet18 and timm's models, not each by the same name.
+        changes += ["+max_steps=20"]
+    command = ["-m", "grap_solo.cli", "pretrain", "--config-path", CONFIGS, "--config-name", file]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, command), *changes],
+        check=True,
+        env=environment,
+    )
+    run = directory / "run"
+    found = {name: digest((run / name).read_bytes()) for name in FILES}
+    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    state = torch.load(checkpoint, "cpu", weights_only=True)["state_dict"]
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            found[f"state/{name}"] = digest(value.contiguous().view(-1).numpy().tobytes())
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("other", type=Path, nargs="?")
+    given = parser.parse_args()
+    found = {"base": {"base": BASE}}
+    for method, file in RUNS.items():
+        with TemporaryDirectory() as directory:
+            found[method] = record(file, Path(directory))
+    given.output.write_text(json.dumps(found, indent=1) + "\n")
+    if given.other is None:
+        return 0
+    other = json.loads(given.other.read_text())
+    differing = [
+        f"{method}: {name}"
+        for method in other
+        for name in {**other[method], **found.get(method, {})}
+        if other[method].get(name) != found.get(method, {}).get(name)
+    ]
+    print("\n".join(differing) or f"{len(other)} runs: every file and tensor is the same")
+    return bool(differing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
