@@ -6,8 +6,8 @@ Works in any PyTorch loop: it needs neither Lightning nor solo-learn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ class Step:
         statistics: what the weighting has looked at: of the held-out batch, if there was one.
         finite: whether all of this is finite, in every process, shape (): else leave the step out.
         gradients: of each term by each view of the embeddings; empty where none were needed.
+        downstream_gradients: of the downstream loss by each view of the embeddings that it was
+            called with, shapes (B, D); empty where none were needed.
+        returned: the mapping that ``terms`` returned, as it is, with its graph.
     """
 
     loss: Tensor
@@ -42,6 +45,8 @@ class Step:
     statistics: Statistics
     finite: Tensor
     gradients: Rows = ()
+    downstream_gradients: tuple[Tensor, ...] = ()
+    returned: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def alignment(self) -> Tensor | None:
@@ -169,28 +174,18 @@ def balance(
     if shared is not None:
         shared.reset()
     if weighting.needs_gradients:
-        parts = _from_gradients(views, labelled, terms, downstream, weighting, shared, held_out)
+        step = _from_gradients(views, labelled, terms, downstream, weighting, shared, held_out)
     else:
-        parts = _plain(views, labelled, terms, downstream, weighting)
-    loss, losses, down, weights, statistics, finite, rows = parts
-    extra = weighting.extra_loss(statistics.losses)
-    return Step(
-        loss=loss if extra is None else loss + extra,
-        losses={
-            name: each.detach()
-            for name, each in zip(weighting.terms, losses, strict=True)
-            if name in weighting.active
-        },
-        downstream=down.detach(),
-        weights=weights.detach(),
-        statistics=statistics,
-        finite=finite & weights.detach().isfinite().all(),
-        gradients=rows,
+        step = _plain(views, labelled, terms, downstream, weighting)
+    extra = weighting.extra_loss(step.statistics.losses)
+    return replace(
+        step,
+        loss=step.loss if extra is None else step.loss + extra,
+        losses={name: step.losses[name].detach() for name in weighting.active},
+        downstream=step.downstream.detach(),
+        weights=step.weights.detach(),
+        finite=step.finite & step.weights.detach().isfinite().all(),
     )
-
-
-Parts = tuple[Tensor, list[Tensor], Tensor, Tensor, Statistics, Tensor, Rows]
-"""Loss, losses, downstream loss, effective weights, statistics, finite, gradients."""
 
 
 def _plain(
@@ -199,17 +194,25 @@ def _plain(
     terms: Callable[..., Mapping[str, Tensor]],
     downstream: Callable[..., Tensor],
     weighting: Weighting,
-) -> Parts:
-    """``sum_k e_k L_k(z) + L_down(z')``."""
-    losses = _in_order(terms(*views), weighting, views[0])
+) -> Step:
+    """``sum_k e_k L_k(z) + L_down(z')``; nothing of it is detached yet."""
+    returned = terms(*views)
+    losses = _in_order(returned, weighting, views[0])
     part = weighting.downstream_weight
     down = downstream(
         *(_scaled_gradient(each, lambda: part) if part else each.detach() for each in labelled)
     )
-    statistics, finite = _statistics(weighting, losses, down)
-    weights = weighting(statistics)
-    loss = sum(w * each for w, each in zip(weights, losses, strict=True)) + down
-    return loss, losses, down, weights, statistics, finite, ()
+    measured = _measure(weighting, losses, down)
+    weights = weighting(measured.statistics)
+    return Step(
+        loss=sum(w * each for w, each in zip(weights, losses, strict=True)) + down,
+        losses=dict(zip(weighting.terms, losses, strict=True)),
+        downstream=down,
+        weights=weights,
+        statistics=measured.statistics,
+        finite=measured.finite,
+        returned=returned,
+    )
 
 
 def _from_gradients(
@@ -220,10 +223,11 @@ def _from_gradients(
     weighting: Weighting,
     shared: SharedHead | None,
     held_out: HeldOut | None,
-) -> Parts:
-    """``<z, e^T G> + sum_k h_k L_k(z') + L_down(z')``."""
+) -> Step:
+    """``<z, e^T G> + sum_k h_k L_k(z') + L_down(z')``; its losses are not detached yet."""
     leaves = tuple(view.detach().requires_grad_() for view in views)
-    losses = _in_order(terms(*leaves), weighting, views[0])
+    returned = terms(*leaves)
+    losses = _in_order(returned, weighting, views[0])
     seen_leaves, seen = leaves, losses
     if held_out is not None:
         seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
@@ -235,14 +239,14 @@ def _from_gradients(
         rows = _matrices([_gradient(each, leaves, scale) for each in losses])
         target = _gradient(down, seen_leaves, scale)
         if held_out is None:
-            statistics, finite = _statistics(weighting, losses, down, rows, target)
-            weights = weighting(statistics)
+            measured = _measure(weighting, losses, down, rows, target)
+            weights, finite = weighting(measured.statistics), measured.finite
         else:
             seen_rows = _matrices([_gradient(each, seen_leaves, scale) for each in seen])
-            statistics, finite = _statistics(weighting, seen, down, seen_rows, target)
-            own, own_finite = _statistics(weighting, losses, down, rows)
-            finite = finite & own_finite
-            weights = weighting(own, statistics)
+            measured = _measure(weighting, seen, down, seen_rows, target)
+            own = _measure(weighting, losses, down, rows)
+            finite = measured.finite & own.finite
+            weights = weighting(own.statistics, measured.statistics)
         if half:
             weighting.adapt_inner_scale(finite)
         heads = weighting.head_weights(weights)
@@ -254,8 +258,17 @@ def _from_gradients(
             loss = loss + (view.to(composite.dtype) * composite).sum()
     if shared is not None and weighting.shared_heads == "weights":
         shared.reset((weights / heads).nan_to_num(posinf=0.0))
-    by_term = tuple(zip(*(matrix.unbind() for matrix in rows), strict=True))
-    return loss, losses, down, weights, statistics, finite, by_term
+    return Step(
+        loss=loss,
+        losses=dict(zip(weighting.terms, losses, strict=True)),
+        downstream=down,
+        weights=weights,
+        statistics=measured.statistics,
+        finite=finite,
+        gradients=tuple(zip(*(matrix.unbind() for matrix in rows), strict=True)),
+        downstream_gradients=target,
+        returned=returned,
+    )
 
 
 def _in_order(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) -> list[Tensor]:
@@ -307,15 +320,22 @@ def _matrices(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.stack(view) for view in zip(*rows, strict=True)]
 
 
-def _statistics(
+class _Measured(NamedTuple):
+    """A batch's statistics, and whether all that they were taken from is finite, in every process,
+    shape ()."""
+
+    statistics: Statistics
+    finite: Tensor
+
+
+def _measure(
     weighting: Weighting,
     losses: Sequence[Tensor],
     downstream: Tensor,
     rows: Sequence[Tensor] = (),
     down: Sequence[Tensor] | None = None,
-) -> tuple[Statistics, Tensor]:
-    """The losses, and of the gradients the Gramian, products and downstream norm over all views;
-    and whether everything is finite, in every process.
+) -> _Measured:
+    """The losses, and the Gramian, products and downstream norm of the gradients over all views.
 
     Over N processes the joined batch's loss is the mean of theirs, so each process's embeddings
     have 1/N of their gradient here: the sums are divided by N^2, the losses by N.
@@ -342,9 +362,10 @@ def _statistics(
         values = shared[-2] if weighting.uses_losses else values
     parts = shared[: len(parts)]
     finite = torch.stack([each.isfinite().all() for each in parts] + [shared[-1] == 0]).all()
-    return Statistics(
+    statistics = Statistics(
         losses=values,
         gramian=parts[0] if parts else None,
         products=parts[1] if len(parts) > 1 else None,
         downstream_norm=parts[2].sqrt() if len(parts) > 1 else None,
-    ), finite
+    )
+    return _Measured(statistics, finite)
