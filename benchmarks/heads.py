@@ -35,7 +35,7 @@ class Table(nn.Module):
 
 
 def without_backbone(name: str, batch: int) -> Contender:
-    mine = contender(name, batch, "cpu", "32-true")
+    mine = contender(name, "all4one", batch, "cpu", "32-true")
     features = mine.model.features_dim
     mine.model.backbone = Table(batch, features)
     mine.model.momentum_backbone = Table(batch, features).requires_grad_(False)
@@ -54,8 +54,7 @@ def optimiser(mine: Contender) -> None:
 
 
 def momentum(mine: Contender) -> None:
-    for pair in mine.model.momentum_pairs:
-        mine.model.momentum_updater.update(*pair)
+    mine.update_momentum()
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Where one optimiser step of All4One goes: torch's profiler on a contender of ``bench step``.
+"""Where one optimiser step goes: torch's profiler on a contender of ``bench step``.
 
-    python benchmarks/profile_step.py grap [--batch 64] [--accelerator cpu] [--precision 32-true]
+    python benchmarks/profile_step.py grap [--method all4one] [--batch 64] [--accelerator cpu]
+        [--precision 32-true]
 
 Prints the operators that take the most time by themselves, how many operators a step starts (on a
 GPU each is a kernel or a few) and how often the host waits for a result: for a value, or for the
@@ -19,11 +20,14 @@ from grap_solo.bench import contender, count_operators
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("contender")
+    parser.add_argument("--method", default="all4one")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--precision", default="32-true")
     chosen = parser.parse_args()
-    mine = contender(chosen.contender, chosen.batch, chosen.accelerator, chosen.precision)
+    mine = contender(
+        chosen.contender, chosen.method, chosen.batch, chosen.accelerator, chosen.precision
+    )
     for _ in range(2):
         mine.seconds()
     counted = count_operators(mine.seconds)
@@ -31,7 +35,10 @@ def main() -> None:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with profile(activities=activities) as found:
         mine.seconds()
-    print(f"{chosen.contender}, batch {chosen.batch}, {chosen.precision}, {mine.device.type}")
+    print(
+        f"{chosen.method}, {chosen.contender}, batch {chosen.batch}, {chosen.precision}, "
+        f"{mine.device.type}"
+    )
     print(f"{counted.operators} operators, {len(counted.waits)} waits\n")
     averages = found.key_averages()
     attribute = "self_device_time_total" if gpu else "self_cpu_time_total"

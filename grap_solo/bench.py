@@ -28,7 +28,7 @@ from grap_solo.balance import Step, balance
 from grap_solo.config import prepare
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.evaluate import device_of
-from grap_solo.methods import GrapAll4One, all4one
+from grap_solo.methods import METHODS, find_method, weighted_name
 from grap_solo.solo import BASE
 from grap_solo.solo.backbones import build_backbone
 from grap_solo.summary import markdown
@@ -60,7 +60,7 @@ class Contender:
     Args:
         cfg: a prepared configuration, ``data.num_classes`` included.
         batch: ``[indexes, [view1, view2], labels]``.
-        base: the method's class.
+        base: the method's class; ours, by its name, when None.
         surrogate: what takes the place of :func:`~grap_solo.balance.balance` in the step.
     """
 
@@ -68,13 +68,13 @@ class Contender:
         self,
         cfg: DictConfig,
         batch: list[Any],
-        base: Any = GrapAll4One,
+        base: Any = None,
         surrogate: Callable[..., Step] | None = None,
     ) -> None:
         seed_everything(cfg.seed, verbose=False)
         self.device = device_of(cfg)
         cfg.scheduler.name = "none"
-        self.model = base(cfg).to(self.device).train()
+        self.model: Any = (base or find_method(cfg.method))(cfg).to(self.device).train()
         if not cfg.performance.disable_channel_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.model.parameter_space_every = 0  # Without a trainer every step is the first.
@@ -84,7 +84,8 @@ class Contender:
         self.autocast: Any = (
             nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
         )
-        self.surrogate = surrogate
+        if surrogate is not None:
+            self.model.balance = partial(surrogate, self.model)
         indexes, views, labels = batch
         batch = [
             indexes.to(self.device),
@@ -99,18 +100,18 @@ class Contender:
         self._wait()
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        if self.surrogate is None:
-            self._backward()
-        else:
-            with mock.patch.object(all4one, "balance", partial(self.surrogate, self.model)):
-                self._backward()
+        self._backward()
         self.optimizer.step()
         if hasattr(self.model, "update_weighting_after_step"):
             self.model.update_weighting_after_step()
-        for pair in self.model.momentum_pairs:
-            self.model.momentum_updater.update(*pair)
+        self.update_momentum()
         self._wait()
         return time.perf_counter() - start
+
+    def update_momentum(self) -> None:
+        """Averages the momentum networks, if the method has any."""
+        for pair in getattr(self.model, "momentum_pairs", ()):
+            self.model.momentum_updater.update(*pair)
 
     def _backward(self) -> None:
         with self.autocast:
@@ -249,32 +250,35 @@ def step_costs(
     }
 
 
-# ---- the step of All4One --------------------------------------------------------------------
+# ---- the step of a method -------------------------------------------------------------------
 
 
-def contender(name: str, batch_size: int, accelerator: str, precision: str) -> Contender:
+def contender(
+    name: str, method: str, batch_size: int, accelerator: str, precision: str
+) -> Contender:
     """One of :func:`bench_step`'s, by name.
 
     Args:
         name: ``fixed``, ``grap``, ``grap_compiled``, ``k_backwards``, ``torchjd`` or
             ``solo_learn``.
+        method: one of the methods.
         batch_size: images of a step.
         accelerator: ``cpu`` or ``gpu``.
         precision: ``32-true`` or ``bf16-mixed``.
     """
     changes = [f"accelerator={accelerator}", "devices=1", f"optimizer.batch_size={batch_size}"]
-    changes += [f"precision={precision}", "method=grap_all4one", "optimizer.lr=1e-4"]
+    changes += [f"precision={precision}", f"method={weighted_name(method)}", "optimizer.lr=1e-4"]
     changes += [f"+performance.compile={name == 'grap_compiled'}"]
     rule = "fixed" if name in ("fixed", "solo_learn") else "grap"
     with initialize_config_dir(str(CONFIGS), version_base="1.2"):
-        cfg = prepare(compose("all4one", [*changes, f"+weighting={{name: {rule}}}"]))
+        cfg = prepare(compose(method, [*changes, f"+weighting={{name: {rule}}}"]))
     cfg.data.num_classes = 10
     surrogate = {"k_backwards": k_backwards, "torchjd": torchjd_step}.get(name)
-    base: Any = GrapAll4One
+    base: Any = None
     if name == "solo_learn":
-        from solo.methods.all4one import All4One
+        from solo.methods import METHODS as theirs
 
-        base = All4One
+        base = theirs[method]
     return Contender(cfg, random_batch(cfg), base, surrogate)
 
 
@@ -284,12 +288,13 @@ def bench_step(
     accelerator: str = "cpu",
     precision: str = "32-true",
     only: Sequence[str] | None = None,
+    method: str = "all4one",
 ) -> dict[str, Any]:
-    """One optimiser step of All4One: ResNet-18 with the CIFAR stem, full heads and queue.
+    """One optimiser step of a method: its CIFAR-10 configuration, ResNet-18 with the CIFAR stem.
 
     ``fixed`` and ``grap`` are ours, ``grap_compiled`` has ``performance.compile``,
     ``k_backwards`` is GraP by :func:`k_backwards`, ``torchjd`` by :func:`torchjd_step`, and
-    ``solo_learn`` its own All4One, where its main branch is on the path.
+    ``solo_learn`` its own class of the method, where its main branch is on the path.
 
     Args:
         batch_size: images of a step, two views each.
@@ -297,16 +302,19 @@ def bench_step(
         accelerator: see :func:`contender`.
         precision: see :func:`contender`.
         only: the contenders; when None, all but ``grap_compiled``, which needs a C++ compiler.
+        method: one of the methods, without ``grap_``.
 
     Returns:
         ``ratios`` as :func:`ratio` by ``a/b``, ``seconds``, the median step, and ``peak_mib``:
         the most that torch has allocated in a step beyond what was there before it.
 
     Raises:
-        ConfigError: a contender that is not there, or no folder of configurations.
+        ConfigError: a method or contender that is not there, or no folder of configurations.
     """
     if not CONFIGS.is_dir():
         raise ConfigError(f"{CONFIGS}: no such folder: run it from a clone of the repository")
+    if method not in METHODS:
+        raise unknown_name("--method", method, METHODS)
     names = ["fixed", "grap", "grap_compiled", "k_backwards", "torchjd"]
     names += ["solo_learn"] if BASE == "solo-learn" else []
     for name in only or ():
@@ -314,10 +322,11 @@ def bench_step(
             raise unknown_name("--only", name, names)
     chosen = only or [name for name in names if name != "grap_compiled"]
     names = [name for name in names if name in chosen]
-    made = {name: contender(name, batch_size, accelerator, precision) for name in names}
+    made = {name: contender(name, method, batch_size, accelerator, precision) for name in names}
     peaks = {name: peak_memory(mine) for name, mine in made.items()}
     times = in_turns({name: mine.seconds for name, mine in made.items()}, rounds, warmup=1)
     return {
+        "method": method,
         "batch_size": batch_size,
         "accelerator": accelerator,
         "precision": precision,

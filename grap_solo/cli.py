@@ -31,14 +31,14 @@ usage: grap-solo pretrain --config-path DIR --config-name NAME [key=value ...]
        grap-solo report FOLDER ... [--output DIR]
            pictures and one HTML page of runs and comparisons
        grap-solo bench step [--batch N] [--rounds N] [--accelerator cpu|gpu]
-               [--precision 32-true|bf16-mixed] [--only NAME ...] [--json FILE]
+               [--precision 32-true|bf16-mixed] [--method NAME] [--only NAME ...] [--json FILE]
            what a step of GraP costs beside plain training and others
        grap-solo bench terms [--batch N] [--rounds N] [--json FILE]
            how that grows with the number of terms
        grap-solo demo
            default, grap and grap_tuned on scikit-learn's digits, into runs/demo
        grap-solo run SCRIPT [arguments ...]
-           run one of solo-learn's scripts with grap_all4one among its methods
+           run one of solo-learn's scripts with the grap_* methods among its own
 """
 
 # As solo-learn's files have it: hydra makes no folders and logs of its own.
@@ -238,6 +238,7 @@ def _bench(arguments: list[str]) -> None:
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
     parser.add_argument("--only", nargs="+")
+    parser.add_argument("--method", default="all4one")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     for name in ("batch", "rounds"):
@@ -247,7 +248,7 @@ def _bench(arguments: list[str]) -> None:
         found = bench_terms(batch_size=given.batch, rounds=given.rounds)
     else:
         found = bench_step(
-            given.batch, given.rounds, given.accelerator, given.precision, given.only
+            given.batch, given.rounds, given.accelerator, given.precision, given.only, given.method
         )
     print(table_of_ratios(found))
     if given.json is not None:

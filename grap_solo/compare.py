@@ -23,7 +23,7 @@ from grap_solo.data import evaluation_loader, load_images, resolve_num_classes
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.evaluate import device_of, evaluate
 from grap_solo.files import CONFIG_FILE, only_one, read_json, write_json
-from grap_solo.methods import GrapAll4One
+from grap_solo.methods import find_method, weighted_name
 from grap_solo.recorded import COST_FILE, RESULT_FILE
 from grap_solo.report import report
 from grap_solo.retrain import newest_checkpoint
@@ -183,7 +183,8 @@ def _configuration(
     """A method's own: the common configuration without its weighting, and what differs."""
     mine: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     mine.pop("weighting", None)
-    mine.method = "grap_all4one"
+    if isinstance(mine.get("method"), str):
+        mine.method = weighted_name(mine.method)
     differs = definitions.get(root, {"weighting": {"name": root}})
     try:
         mine = OmegaConf.merge(mine, OmegaConf.create(differs))
@@ -328,7 +329,7 @@ def _train_and_evaluate(cell: Cell) -> None:
     else:
         cfg = _prepared(cell)
         state = torch.load(newest_checkpoint(cell.directory), "cpu", weights_only=True)
-        model = GrapAll4One(cfg)
+        model = find_method(cfg.method)(cfg)
         model.load_state_dict(state["state_dict"])
         if not cfg.performance.disable_channel_last:
             model = model.to(memory_format=torch.channels_last)  # As it was trained, to the bit.

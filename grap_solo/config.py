@@ -17,13 +17,12 @@ from timm.optim.lars import Lars
 
 from grap_solo.data import DATASETS, FORMATS, count_crops
 from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.methods.all4one import JOINED_REFERENCE, REFERENCE
+from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name
+from grap_solo.methods.composite import POSITIVE
 from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import build_backbone
 from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS
 from grap_solo.weighting import Weighting, build_weighting
-
-METHODS = ("all4one", "grap_all4one")
 
 DEFAULTS = """
 seed: 5
@@ -46,7 +45,7 @@ data:
   download: true
 optimizer: {kwargs: {}}
 scheduler: {interval: step}
-method_kwargs: {queue_size: 65536, join_feature_loss: false, separate_projectors: false}
+method_kwargs: {}
 performance: {disable_channel_last: false, compile: false}
 checkpoint: {enabled: true, dir: runs, frequency: 1, keep_prev: false}
 wandb: {enabled: false, entity: null, project: grap-solo, offline: false}
@@ -54,10 +53,9 @@ wandb: {enabled: false, entity: null, project: grap-solo, offline: false}
 
 # Every key with a value that is checked: its type and, for numbers, the least that it may be.
 # "above 0" is a least of POSITIVE. Those with a default or an absence that is legal are optional.
-POSITIVE = 1e-300
+# A method says itself what stands under method_kwargs.
 REQUIRED: dict[str, tuple[type, float | None]] = {
     "name": (str, None),
-    "method": (str, None),
     "backbone.name": (str, None),
     "data.dataset": (str, None),
     "max_epochs": (int, 1),
@@ -67,10 +65,6 @@ REQUIRED: dict[str, tuple[type, float | None]] = {
     "optimizer.classifier_lr": (float, POSITIVE),
     "optimizer.weight_decay": (float, 0),
     "scheduler.name": (str, None),
-    "method_kwargs.temperature": (float, POSITIVE),
-    "method_kwargs.proj_hidden_dim": (int, 1),
-    "method_kwargs.proj_output_dim": (int, 1),
-    "method_kwargs.pred_hidden_dim": (int, 1),
 }
 OPTIONAL: dict[str, tuple[type, float | None]] = {
     "seed": (int, 0),
@@ -86,9 +80,6 @@ OPTIONAL: dict[str, tuple[type, float | None]] = {
     "data.no_labels": (bool, None),
     "data.batched": (bool, None),
     "data.download": (bool, None),
-    "method_kwargs.queue_size": (int, 5),  # The neighbours of a sample.
-    "method_kwargs.join_feature_loss": (bool, None),
-    "method_kwargs.separate_projectors": (bool, None),
     "momentum.base_tau": (float, 0),
     "momentum.final_tau": (float, 0),
     "momentum.classifier": (bool, None),
@@ -160,7 +151,7 @@ def prepare(source: DictConfig) -> DictConfig:
     cfg.data.num_large_crops, cfg.data.num_small_crops = crops, 0
     if cfg.data.num_large_crops != 2:
         raise ConfigError(
-            f"augmentations: All4One takes two views, not {cfg.data.num_large_crops}: "
+            f"augmentations: {cfg.method} takes two views, not {cfg.data.num_large_crops}: "
             "let the entries' num_crops add up to 2"
         )
     kwargs = OPTIMIZER_DEFAULTS[cfg.optimizer.name]
@@ -186,7 +177,7 @@ def images_per_step(cfg: DictConfig) -> int:
 
 def terms_of(cfg: DictConfig) -> dict[str, float]:
     """The terms that a configuration trains, with their reference weights."""
-    return JOINED_REFERENCE if cfg.method_kwargs.join_feature_loss else REFERENCE
+    return find_method(cfg.method).reference_weights(cfg)
 
 
 def _none_strings(node: Any) -> None:
@@ -215,6 +206,13 @@ def _check_value(cfg: DictConfig, key: str, kind: type, least: float | None) -> 
     raise ConfigError(f"{key}: expected {words}, got {value!r}")
 
 
+def _check_required(cfg: DictConfig, key: str, kind: type, least: float | None) -> None:
+    """As :func:`_check_value`, of a key that must be there."""
+    if OmegaConf.select(cfg, key) is None:
+        raise ConfigError(f"{key}: missing: add it to the configuration file")
+    _check_value(cfg, key, kind, least)
+
+
 def _check_keys(cfg: DictConfig) -> None:
     """Required keys, types, ranges and names."""
     for key in BLOCKS:
@@ -222,16 +220,20 @@ def _check_keys(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"{key}: expected a block of keys, got {OmegaConf.select(cfg, key)!r}"
             )
-    _check_spelling(cfg)
+    _check_required(cfg, "method", str, None)
+    method = find_method(cfg.method)
+    _check_spelling(cfg, method)
     for key, (kind, least) in REQUIRED.items():
-        if OmegaConf.select(cfg, key) is None:
-            raise ConfigError(f"{key}: missing: add it to the configuration file")
-        _check_value(cfg, key, kind, least)
+        _check_required(cfg, key, kind, least)
     for key, (kind, least) in OPTIONAL.items():
         if OmegaConf.select(cfg, key) is not None:
             _check_value(cfg, key, kind, least)
+    for name, each in method.all_keys().items():
+        if cfg.method_kwargs.get(name) is None and each.default is not None:
+            cfg.method_kwargs[name] = each.default
+        _check_required(cfg, f"method_kwargs.{name}", each.kind, each.least)
+    method.check_config(cfg)
     for key, valid in (
-        ("method", METHODS),
         ("data.dataset", DATASETS),
         ("data.format", FORMATS),
         ("optimizer.name", OPTIMIZERS),
@@ -256,12 +258,6 @@ def _check_keys(cfg: DictConfig) -> None:
         raise ConfigError("data.train_path: missing: say where the images are")
     register_backbone(cfg.backbone.name)
     _check_backbone_kwargs(cfg)
-    dim = cfg.method_kwargs.proj_output_dim
-    if dim % 8:
-        raise ConfigError(
-            f"method_kwargs.proj_output_dim: {dim} cannot be split among the transformer's 8 "
-            "attention heads: use a multiple of 8"
-        )
     optimizer = cfg.optimizer.name
     options = set(OPTIMIZER_DEFAULTS[optimizer])
     classes = {
@@ -283,12 +279,13 @@ def _check_keys(cfg: DictConfig) -> None:
             raise unknown_name("optimizer.kwargs", key, options)
 
 
-def _check_spelling(cfg: DictConfig) -> None:
+def _check_spelling(cfg: DictConfig, method: type[CompositeMethod]) -> None:
     """Refuses a key that is not known but nearly is one. solo-learn's files have keys of which
     nothing here depends, so that one which is like none is left alone."""
     known = [*REQUIRED, *OPTIONAL, "optimizer.kwargs", "optimizer.exclude_bias_n_norm_wd"]
     known += ["scheduler.lr_decay_steps", "scheduler.interval", "knn_eval.distance_func"]
     known += ["data.format", "data.train_path", "data.val_path", "backbone.kwargs"]
+    known += [f"method_kwargs.{key}" for key in method.all_keys()]
     known += [f"wandb.{key}" for key in ("entity", "project", "offline")]
     tops = {key.partition(".")[0] for key in known} | {*BLOCKS, "precision", "augmentations"}
     for block in sorted({key.rpartition(".")[0] for key in known}):
@@ -314,11 +311,11 @@ def _check_backbone_kwargs(cfg: DictConfig) -> None:
 
 def _check_weighting(cfg: DictConfig) -> Weighting:
     """Fills in the block, or tries it: what it refuses is known before any data is read."""
-    if cfg.method == "all4one":
+    if not takes_weighting(cfg.method):
         if "weighting" in cfg:
             raise ConfigError(
-                "method: all4one trains with All4One's own weights and takes no 'weighting:' "
-                "block: set method=grap_all4one"
+                f"method: {cfg.method} trains with its reference weights and takes no 'weighting:' "
+                f"block: set method={weighted_name(cfg.method)}"
             )
         cfg.weighting = {"name": "fixed"}
     elif "weighting" not in cfg:

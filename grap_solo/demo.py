@@ -16,7 +16,7 @@ import grap_solo
 from grap_solo.data import evaluation_loader, load_images
 from grap_solo.errors import ConfigError
 from grap_solo.evaluate import Evaluation, evaluate
-from grap_solo.methods import GrapAll4One
+from grap_solo.methods import CompositeMethod, find_method
 from grap_solo.retrain import retrain
 from grap_solo.summary import markdown
 from grap_solo.train import Run, pretrain
@@ -97,7 +97,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def _evaluate(run: Run, model: GrapAll4One) -> Evaluation:
+def _evaluate(run: Run, model: CompositeMethod) -> Evaluation:
     train, validation = (load_images(run.cfg.data, train=part) for part in (True, False))
     return evaluate(
         model.backbone,
@@ -109,7 +109,7 @@ def _evaluate(run: Run, model: GrapAll4One) -> Evaluation:
 def _evaluate_untrained(run: Run) -> Evaluation:
     """The backbone as ``run`` started with it."""
     pl.seed_everything(run.cfg.seed, verbose=False)
-    return _evaluate(run, GrapAll4One(run.cfg))
+    return _evaluate(run, find_method(run.cfg.method)(run.cfg))
 
 
 def _row(method: str, run: Run) -> Row:

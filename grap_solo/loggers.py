@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.files import read_json, whole_file, write_json
-from grap_solo.methods import GrapAll4One
+from grap_solo.methods import CompositeMethod
 
 METRICS_FILE = "metrics.csv"
 WANDB_FILE = "wandb.json"
@@ -37,7 +37,7 @@ class WeightsProgressBar(TQDMProgressBar):
     accuracy: float | None = None
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        assert isinstance(pl_module, GrapAll4One)
+        assert isinstance(pl_module, CompositeMethod)
         named = zip(pl_module.weighting.terms, pl_module.shown_weights, strict=True)
         metrics: dict[str, Any] = {name: f"{value:.2f}" for name, value in named}
         if self.accuracy is not None:

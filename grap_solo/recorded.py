@@ -17,7 +17,7 @@ import yaml
 from grap_solo.errors import ConfigError
 from grap_solo.files import CONFIG_FILE
 from grap_solo.plots import mean_and_std
-from grap_solo.trajectory import DIAGNOSTICS_FILE, WEIGHTS_FILE, read_weights
+from grap_solo.trajectory import DIAGNOSTICS_FILE, TERMS_FILE, WEIGHTS_FILE, read_weights
 
 RESULT_FILE = "result.json"
 SUMMARY_FILE = "summary.csv"
@@ -56,7 +56,9 @@ class RunFiles:
         method: the method that it is a run of.
         seed: its seed, if any file or the folder's name says.
         config: its ``config.yaml``; empty without one.
+        rule: the name of its weighting; empty if no file says.
         terms: its terms, in order; none without weights.
+        reference: the method's reference weights of these terms; none if no file says.
         epochs: the epoch of each step, (N,).
         weights: the effective weights, (N, K).
         diagnostics: what was recorded of its gradients, if anything was.
@@ -67,7 +69,9 @@ class RunFiles:
     method: str
     seed: int | None
     config: dict[str, Any]
+    rule: str
     terms: tuple[str, ...]
+    reference: dict[str, float]
     epochs: np.ndarray
     weights: np.ndarray
     diagnostics: Diagnostics | None
@@ -272,6 +276,20 @@ def _read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def _read_terms(path: Path) -> tuple[str, dict[str, float]]:
+    """The name of the weighting and the reference weights; nothing without the file."""
+    content = _read_mapping(path)
+    reference = content.get("reference_weights") or {}
+    numbers = isinstance(reference, dict) and all(
+        isinstance(each, int | float) for each in reference.values()
+    )
+    if not numbers:
+        raise ConfigError(
+            f"{path}: damaged: 'reference_weights' holds no weight for each term: remove the file"
+        )
+    return str(content.get("weighting") or ""), reference
+
+
 def _read_costs(path: Path) -> dict[str, dict[str, float]]:
     costs = _read_mapping(path)
     for method, each in costs.items():
@@ -290,12 +308,18 @@ def _read_run(folder: Path) -> RunFiles:
     method, seed = found.groups() if found else (name, None)
     seed = str(result.get("seed", config.get("seed", seed)))
     terms, epochs, weights = _read_weights(folder / WEIGHTS_FILE)
+    rule, reference = _read_terms(folder / TERMS_FILE)
+    block = config.get("weighting")
+    if not rule and isinstance(block, dict):  # A run of before there was such a file.
+        rule = str(block.get("name") or "")
     return RunFiles(
         folder=folder,
         method=str(result.get("method") or method),
         seed=int(seed) if seed.isdigit() else None,
         config=config,
+        rule=rule,
         terms=terms,
+        reference=reference if set(reference) == set(terms) else {},
         epochs=epochs,
         weights=weights,
         diagnostics=_read_diagnostics(folder / DIAGNOSTICS_FILE),

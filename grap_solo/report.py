@@ -13,7 +13,6 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grap_solo.errors import ConfigError
-from grap_solo.methods.all4one import JOINED_REFERENCE, REFERENCE
 from grap_solo.plots import (
     COMPOSITE,
     Point,
@@ -80,10 +79,10 @@ def _weights_section(groups: Sequence[Group], colors: dict[str, str], output: Pa
     if not panels:
         section.notes.append(f"Left out: no run has steps in its {WEIGHTS_FILE}.")
         return section
-    references = {group.label: _reference(group.terms) for group in groups}
+    references = {group.label: group.runs[0].reference for group in groups}
     section.picture = output / "weights.png"
     plot_weight_panels(panels, section.picture, colors, references)
-    dashed = "; dashed, All4One's own weights" if any(references.values()) else ""
+    dashed = "; dashed, the method's reference weights" if any(references.values()) else ""
     section.caption = (
         "The effective weight of each term in the course of training, one panel for each method: "
         f"the median of an epoch's steps around each point{_over_runs(groups)}{dashed}; the "
@@ -102,11 +101,6 @@ def _over_runs(groups: Sequence[Group], of: str = "") -> str:
         ", as a mean over the method's runs (line) with one standard deviation to either side "
         f"(band{whose})"
     )
-
-
-def _reference(terms: Sequence[str]) -> dict[str, float]:
-    known = (each for each in (REFERENCE, JOINED_REFERENCE) if set(each) == set(terms))
-    return next(known, {})
 
 
 def _absent(groups: Sequence[Group], shown: Mapping[str, Any], what: str) -> list[str]:
@@ -351,9 +345,7 @@ def report(folders: Sequence[Path], output: Path) -> list[Path]:
     recorded = read_recorded(folders)
     groups, summaries = recorded.groups, recorded.summaries
     _make_output(output)
-    terms = dict.fromkeys(term for group in groups for term in group.terms)
-    own = [term for term in (*REFERENCE, *JOINED_REFERENCE) if term in terms]
-    colors = term_colors([*own, *terms])
+    colors = term_colors([term for group in groups for term in group.terms])
     sections = [
         _weights_section(groups, colors, output),
         _alignment_section(groups, colors, output),
@@ -419,7 +411,7 @@ def _overview(groups: Sequence[Group]) -> Table:
         rows.append(
             [
                 group.label,
-                _rule(group.runs[0].config),
+                group.runs[0].rule or DASH,
                 dataset or DASH,
                 epochs.removesuffix(" epochs") or DASH,
                 terms or DASH,
@@ -429,14 +421,6 @@ def _overview(groups: Sequence[Group]) -> Table:
         )
     columns = ["method", "weighting", "data", "epochs", "terms", "runs", "seeds"]
     return Table(columns, rows)
-
-
-def _rule(config: Mapping[str, Any]) -> str:
-    """The name in the ``weighting:`` block; All4One without one has fixed weights."""
-    block = config.get("weighting")
-    if isinstance(block, dict) and block.get("name"):
-        return str(block["name"])
-    return "fixed" if config.get("method") == "all4one" else DASH
 
 
 def _embed(picture: Path) -> str:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.errors import ConfigError
 from grap_solo.files import CONFIG_FILE
+from grap_solo.methods import weighted_name
 from grap_solo.train import Run, pretrain
 from grap_solo.trajectory import WEIGHTS_FILE, pooled_weights
 
@@ -40,7 +41,7 @@ def retrain(
     cfg = _child(parents[0], load, "tuned")
     warmup = [OmegaConf.select(_read_config(each), WARMUP, default=0) for each in parents]
     weights = pooled_weights([each / WEIGHTS_FILE for each in parents], warmup, epochs, last)
-    cfg.method = "grap_all4one"
+    cfg.method = weighted_name(cfg.method)
     cfg.weighting = {"name": "fixed", "weights": weights}
     cfg.tuned_from = {"runs": [str(each) for each in parents], "epochs": epochs, "last": last}
     return pretrain(cfg)
@@ -60,7 +61,7 @@ def finetune(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
         ConfigError: not a run's directory, no checkpoint in it, or what :func:`pretrain` refuses.
     """
     cfg = _child(parent, load, "finetuned")
-    cfg.method = "grap_all4one"
+    cfg.method = weighted_name(cfg.method)
     cfg.weighting = {"name": "supervised"}
     cfg.labels = {**cfg.get("labels", {}), "split": "train"}
     cfg.pretrained_feature_extractor = str(newest_checkpoint(parent))

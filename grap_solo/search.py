@@ -31,6 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from grap_solo.config import run_dir, terms_of
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.files import only_one, read_json, write_json
+from grap_solo.methods import weighted_name
 from grap_solo.plots import COLORS
 from grap_solo.summary import markdown
 from grap_solo.train import prepare_one_of_many, pretrain
@@ -94,6 +95,12 @@ def search(
         if value < least:
             raise ConfigError(f"{key}: expected a whole number of {least} or more, got {value}")
     cfg = prepare_one_of_many(source, "a search")
+    zero = [term for term, value in terms_of(cfg).items() if value == 0]
+    if zero:
+        raise ConfigError(
+            f"method_kwargs: the reference weight of {', '.join(zero)} is 0, and a search looks "
+            f"within a factor of {RANGE:g} of it: give it some weight"
+        )
     plain = _plain(source)
     settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": plain}
     settings = json.loads(json.dumps(settings, default=str))  # As the study gives them back.
@@ -131,7 +138,7 @@ def _run_config(
     plain: dict[str, Any], directory: Path, name: str, weighting: dict[str, Any]
 ) -> DictConfig:
     """The configuration of one run of the search."""
-    own = {"name": name, "method": "grap_all4one", "weighting": weighting}
+    own = {"name": name, "method": weighted_name(plain["method"]), "weighting": weighting}
     cfg = OmegaConf.create({**plain, **own})
     OmegaConf.update(cfg, "checkpoint.dir", str(directory), force_add=True)
     return cfg

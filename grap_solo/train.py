@@ -51,9 +51,9 @@ from grap_solo.loggers import (
     wandb_logger,
     wandb_run,
 )
-from grap_solo.methods import GrapAll4One
+from grap_solo.methods import CompositeMethod, find_method
 from grap_solo.plots import plot_weights
-from grap_solo.solo import describe_base
+from grap_solo.solo import BaseMomentumMethod, describe_base
 from grap_solo.stops import AGAIN, TERMINATED, in_words, let_sigterm_wait_for_the_step
 from grap_solo.trajectory import WEIGHTS_FILE
 from grap_solo.weighting import build_weighting
@@ -75,7 +75,7 @@ class Run:
     """
 
     directory: Path
-    model: GrapAll4One
+    model: CompositeMethod
     cfg: DictConfig
     accuracy: float | None
 
@@ -105,7 +105,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
     train_loader, val_loader, labelled = _loaders(cfg, start.epoch)
-    model = GrapAll4One(cfg)
+    model = find_method(cfg.method)(cfg)
     if cfg.pretrained_feature_extractor is not None:
         _load_backbone(model, Path(cfg.pretrained_feature_extractor))
     _make_directory(directory)
@@ -117,7 +117,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         _write_configs(source, cfg, directory)
         if labelled is not None:
             np.savetxt(directory / LABELS_FILE, labelled, fmt="%d", header="index", comments="")
-        says = f"{cfg.name}: {cfg.method}, {describe_base()}, files in {directory}"
+        says = f"{cfg.name}: {cfg.method}, {describe_base(type(model))}, files in {directory}"
         print(says + (f", going on after epoch {start.epoch - 1}" * bool(start.epoch)), flush=True)
     began = time.monotonic()
     with wandb_run():
@@ -253,7 +253,7 @@ def _check_weighting_state(cfg: DictConfig, saved: Mapping[str, Any], key: str) 
         raise ConfigError(f"{key}: it is of a run with another weighting or other terms")
 
 
-def _load_backbone(model: GrapAll4One, path: Path) -> None:
+def _load_backbone(model: CompositeMethod, path: Path) -> None:
     """Starts the backbone and its momentum copy where a checkpoint of the same backbone is.
 
     Raises:
@@ -270,7 +270,8 @@ def _load_backbone(model: GrapAll4One, path: Path) -> None:
     backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     try:
         model.backbone.load_state_dict(backbone)
-        model.momentum_backbone.load_state_dict(backbone)
+        if isinstance(model, BaseMomentumMethod):
+            model.momentum_backbone.load_state_dict(backbone)
     except RuntimeError:
         raise ConfigError(
             f"{key}: its backbone is not a {model.cfg.backbone.name}: give backbone.name as it was"

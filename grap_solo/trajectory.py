@@ -22,6 +22,7 @@ from grap_solo.weighting import CAUSES
 WEIGHTS_FILE = "weights.csv"
 MEDIAN_FILE = "median_weights.yaml"
 DIAGNOSTICS_FILE = "diagnostics.csv"
+TERMS_FILE = "terms.yaml"
 
 
 class _Table:
@@ -64,7 +65,8 @@ class _Table:
 
 
 class TrajectoryRecorder(Callback):
-    """Writes ``weights.csv`` while a method trains, and ``median_weights.yaml`` at its end.
+    """Writes ``weights.csv`` while a method trains, ``terms.yaml`` before that and
+    ``median_weights.yaml`` at its end.
 
     A row is written for each optimiser step: ``step,epoch`` and a column of effective weights for
     each term. A weighting that needs gradients gets ``diagnostics.csv`` too, with the columns of
@@ -95,6 +97,7 @@ class TrajectoryRecorder(Callback):
         self.directory.mkdir(parents=True, exist_ok=True)
         terms = pl_module.weighting.terms
         self.weights = _Table(self.directory / WEIGHTS_FILE, terms, self.resumed_at)
+        write_terms(self.directory / TERMS_FILE, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any
@@ -230,6 +233,20 @@ def write_median(path: Path, warmup_epochs: int) -> None:
         text += "# Not as it stands: fixed weights are 0 or more, and not all 0.\n"
     text += yaml.safe_dump({"weighting": block}, sort_keys=False)
     (path.parent / MEDIAN_FILE).write_text(text)
+
+
+def write_terms(path: Path, pl_module: Any) -> None:
+    """Writes what a run trains: the method, the rule, and the terms' reference weights."""
+    weighting = pl_module.weighting
+    reference = zip(weighting.terms, weighting.reference.tolist(), strict=True)
+    content = {
+        "method": pl_module.cfg.method,
+        "weighting": pl_module.cfg.weighting.name,
+        "reference_weights": {term: float(f"{value:.6g}") for term, value in reference},
+    }
+    with whole_file(path) as file:
+        file.write("# The method, the rule, and the weights that the method has by itself.\n")
+        yaml.safe_dump(content, file, sort_keys=False)
 
 
 def read_median(path: str | os.PathLike[str]) -> dict[str, float]:

@@ -10,12 +10,10 @@ from omegaconf import OmegaConf
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
-DECIDED = ("grap_solo.solo", "grap_solo.methods", "grap_solo.methods.all4one")
-
 
 def solo_learn_is_there() -> bool:
     try:
-        importlib.import_module("solo.methods.all4one")
+        importlib.import_module("solo.methods.base")
     except ImportError:
         return False
     return True
@@ -30,21 +28,33 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-def method_over(base: str, monkeypatch):
-    """GrapAll4One over ``own`` or ``solo_learn``'s All4One, whatever is installed."""
+def decided_modules():
+    """The modules that depend on which base was taken."""
+    below = ("grap_solo.solo", "grap_solo.methods")
+    return [name for name in sys.modules if name.startswith(below)]
+
+
+def method_over(base: str, monkeypatch, name="all4one", absent=()):
+    """A method's class over the ``own`` or ``solo_learn``'s base, whatever is installed.
+
+    Args:
+        base: which.
+        monkeypatch: pytest's.
+        name: of the method.
+        absent: further modules that cannot be imported.
+    """
     with monkeypatch.context() as patch:
-        for name in DECIDED:
-            patch.delitem(sys.modules, name, raising=False)
-        if base == "own":
-            patch.setitem(sys.modules, "solo", None)
-            patch.setitem(sys.modules, "solo.methods.all4one", None)
-        method = importlib.import_module("grap_solo.methods").GrapAll4One
+        for each in decided_modules():
+            patch.delitem(sys.modules, each)
+        for each in [*absent, *(["solo", "solo.methods.base"] if base == "own" else [])]:
+            patch.setitem(sys.modules, each, None)
+        methods = importlib.import_module("grap_solo.methods")
         decided = sys.modules["grap_solo.solo"].BASE
         # What the patch deleted comes back with its context, and the fresh copies go.
-        for name in DECIDED:
-            patch.setitem(sys.modules, name, sys.modules[name])
+        for each in decided_modules():
+            patch.setitem(sys.modules, each, sys.modules[each])
     assert decided == {"own": "grap_solo", "solo_learn": "solo-learn"}[base]
-    return method
+    return methods.METHODS[name]
 
 
 def all4one_config(**changes):

@@ -61,8 +61,10 @@ def test_a_grap_step_is_algorithm_1_on_the_real_terms(joined, separate, shared_h
     model.shared = None
     feats = [model.multicrop_forward(x)["feats"] for x in batch[1]]
     momentum = [model.momentum_forward(x) for x in batch[1]]
-    _, targets = model._targets([m["z"] for m in momentum], [m["feats"] for m in momentum])
-    losses = model._terms(model._project(feats), targets)
+    outputs = {f"momentum_{key}": [m[key] for m in momentum] for key in ("z", "feats")}
+    with torch.no_grad():
+        targets = model.make_targets(outputs)
+    losses = model.compute_terms(model._project(feats), targets)
     by_term = {}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for name in model.weighting.terms:

@@ -35,14 +35,14 @@ def digits(directory, *overrides, file="grap"):
 def spoil(monkeypatch, change, at=(1, 2)):
     """Changes the terms' losses at some calls."""
     calls = []
-    original = GrapAll4One._terms
+    original = GrapAll4One.compute_terms
 
     def changed(self, *args):
         losses = original(self, *args)
         calls.append(1)
         return change(losses) if at is None or len(calls) - 1 in at else losses
 
-    monkeypatch.setattr(GrapAll4One, "_terms", changed)
+    monkeypatch.setattr(GrapAll4One, "compute_terms", changed)
 
 
 def recorded(run, name):
@@ -73,16 +73,19 @@ def test_a_term_that_is_not_finite_costs_that_step(names, value, file, tmp_path,
 
 
 def test_a_probe_that_is_not_finite_costs_that_step(tmp_path, monkeypatch):
-    import grap_solo.methods.all4one as module
+    import grap_solo.methods.composite as module
 
     original, calls = module.probe_loss, []
 
     def spoiled(logits, labels):
-        calls.append(1)
-        return original(logits, labels) * (float("nan") if 8 <= len(calls) < 12 else 1)
+        calls.append(1)  # Once for each view: this is the second step's.
+        return original(logits, labels) * (float("nan") if len(calls) in (3, 4) else 1)
 
     monkeypatch.setattr(module, "probe_loss", spoiled)
-    assert_whole(pretrain(digits(tmp_path)))
+    run = pretrain(digits(tmp_path))
+    assert_whole(run)
+    skipped = [float(r["skipped/step"]) for r in recorded(run, "metrics.csv") if r["skipped/step"]]
+    assert skipped == pytest.approx([1 / 3, 0], abs=1e-6)
 
 
 def test_too_many_in_a_row_stop_the_run_with_its_files_whole(tmp_path, monkeypatch, capfd):

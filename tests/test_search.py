@@ -19,14 +19,14 @@ from optuna.trial import TrialState
 
 from grap_solo import ConfigError
 from grap_solo.methods import GrapAll4One
-from grap_solo.methods.all4one import REFERENCE
 from grap_solo.search import Row, _history, _sampler, _table, search
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits"
 # A tenth of the images in batches of 32: 3 steps an epoch.
 SMALL = ["+data.fraction=0.1", "optimizer.batch_size=32", "max_epochs=2"]
 SMALL += ["scheduler.warmup_epochs=1", "+enable_progress_bar=false", "checkpoint.enabled=false"]
-TERMS = ["nnclr", "attn_nnclr", "byol", "barlow"]
+REFERENCE = {"nnclr": 0.5, "attn_nnclr": 0.5, "byol": 2.5, "barlow": 2.5}
+TERMS = list(REFERENCE)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 

@@ -185,4 +185,4 @@ def test_an_old_solo_learn_counts_as_absent_and_says_so(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert done.stdout.strip() == "grap_solo"
-    assert "gives no All4One" in done.stderr
+    assert "gives no BaseMethod" in done.stderr

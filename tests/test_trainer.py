@@ -14,7 +14,7 @@ from grap_solo import ConfigError, balance, build_weighting
 from grap_solo.bench import count_operators, random_batch
 from grap_solo.config import prepare
 from grap_solo.methods import GrapAll4One
-from grap_solo.methods.all4one import frozen_statistics
+from grap_solo.methods.composite import frozen_statistics
 from grap_solo.train import pretrain
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

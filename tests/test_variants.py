@@ -79,8 +79,9 @@ def test_a_term_of_weight_0_is_neither_computed_nor_trained(tmp_path):
     model.transformer_encoder.register_forward_hook(lambda *args: calls.append(1))
     model.predictor.register_forward_hook(lambda *args: calls.append(2))
     feats = [torch.randn(8, 96) for _ in range(2)]
-    _, targets = model._targets([torch.randn(8, 64)] * 2, feats)
-    assert set(model._terms(model._project(feats), targets)) == {"nnclr", "byol", "barlow"}
+    outputs = {"momentum_z": [torch.randn(8, 64)] * 2, "momentum_feats": feats}
+    targets = model.make_targets(outputs)
+    assert set(model.compute_terms(model._project(feats), targets)) == {"nnclr", "byol", "barlow"}
     assert set(calls) == {2}
     columns = (run.directory / "metrics.csv").read_text().splitlines()[0]
     assert "train_nnclr_loss" in columns and "train_att_nnclr_loss" not in columns
@@ -211,16 +212,14 @@ def test_the_diagnostics_are_the_cosines_of_the_gradients(tmp_path):
     model = GrapAll4One(all4one_config(weighting={"name": "grap"})).double()
     model.log_dict = model.log = lambda *args, **kwargs: None
     steps = []
-    import grap_solo.methods.all4one as module
 
     def kept(*args):
         steps.append(balance(*args))
         return steps[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "balance", kept)
-        indexes, views, labels = image_batch()
-        model.training_step([indexes, [each.double() for each in views], labels], 0)
+    model.balance = kept
+    indexes, views, labels = image_batch()
+    model.training_step([indexes, [each.double() for each in views], labels], 0)
     (step,) = steps
     vectors = [torch.cat([each.flatten() for each in row]) for row in step.gradients]
     found = model.diagnostics

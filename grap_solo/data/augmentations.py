@@ -146,7 +146,10 @@ def count_crops(augmentations: Sequence[Any]) -> int:
                     f"augmentations: {key}: expected a whole number of 1 or more, got {each[key]!r}"
                 )
     if len({each.crop_size for each in augmentations}) > 1:
-        raise ConfigError("augmentations: All4One takes no small crops: give one crop_size")
+        raise ConfigError(
+            "augmentations: both views are of one size, and there are no small crops: give one "
+            "crop_size"
+        )
     return sum(each.num_crops for each in augmentations)
 
 

@@ -1,10 +1,88 @@
-"""The methods whose terms are exposed. Importing this adds them to solo-learn's, if installed."""
+"""The composite methods by name. Importing this adds the ``grap_*`` ones to solo-learn's, if
+installed.
 
+A new method is a class beside these and a line in ``METHODS``, or a class of one's own, which a
+configuration names by ``method: package.module:Class``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from importlib import import_module
+
+from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods.all4one import GrapAll4One
+from grap_solo.methods.composite import CompositeMethod
 from grap_solo.solo import register_method
 
-METHODS = {"grap_all4one": GrapAll4One}
-for _name, _method in METHODS.items():
-    register_method(_name, _method)
+METHODS: dict[str, type[CompositeMethod]] = {"all4one": GrapAll4One}
+"""The class of each method. ``<name>`` trains it with its reference weights, ``grap_<name>`` with
+those of a ``weighting:`` block."""
 
-__all__ = ["METHODS", "GrapAll4One"]
+WEIGHTED = "grap_"
+
+for _name, _method in METHODS.items():
+    register_method(f"{WEIGHTED}{_name}", _method)
+
+__all__ = [
+    "METHODS",
+    "CompositeMethod",
+    "GrapAll4One",
+    "find_method",
+    "takes_weighting",
+    "weighted_name",
+]
+
+
+def find_method(name: str) -> type[CompositeMethod]:
+    """The class of a method.
+
+    Args:
+        name: of ``METHODS``, with or without ``grap_``; or ``package.module:Class``, found on
+            Python's path or in the current folder.
+
+    Raises:
+        ConfigError: an unknown name, or a path that does not lead to a composite method.
+    """
+    if ":" in name:
+        return _import_method(name)
+    if name.removeprefix(WEIGHTED) in METHODS:
+        return METHODS[name.removeprefix(WEIGHTED)]
+    raise unknown_name("method", name, [*METHODS, *(f"{WEIGHTED}{each}" for each in METHODS)])
+
+
+def takes_weighting(name: str) -> bool:
+    """Whether a method of this name has a ``weighting:`` block: it does not if it stands for the
+    reference weights."""
+    return name not in METHODS
+
+
+def weighted_name(name: str) -> str:
+    """The name by which a method takes a ``weighting:`` block."""
+    return name if takes_weighting(name) else f"{WEIGHTED}{name}"
+
+
+def _import_method(path: str) -> type[CompositeMethod]:
+    module_name, _, class_name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = import_module(module_name)
+    except Exception as error:  # A user's module may raise anything.
+        line = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"method: {module_name} cannot be imported ({type(error).__name__}: {line}): mend it, "
+            "or put its folder on PYTHONPATH"
+        ) from error
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found) or not issubclass(found, CompositeMethod):
+        what = "no such class" if found is None else "not a CompositeMethod"
+        raise ConfigError(
+            f"method: {path}: {what}: derive a class from grap_solo.methods.CompositeMethod there"
+        )
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise ConfigError(f"method: {path}: it has no {missing}: write that")
+    return found

@@ -1,39 +1,86 @@
 """The one place that decides where the base classes come from.
 
-If solo-learn's All4One can be imported, it is the base; else it is the project's own. Everything
+If solo-learn's can be imported, they are the base; else they are the project's own. Everything
 above this module is written once and does not know which.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from inspect import signature
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grap_solo.errors import ConfigError
 
-try:
-    from solo.methods.all4one import All4One
-except ImportError as error:
-    from grap_solo.solo.all4one import All4One
-
-    BASE = "grap_solo"
-    if find_spec("solo") is not None:
-        warnings.warn(
-            f"the installed solo-learn gives no All4One ({error}): using grap-solo's own. The "
-            "registry's release of 2021 has none: install solo-learn's main branch instead",
-            stacklevel=2,
-        )
+if TYPE_CHECKING:
+    from grap_solo.solo.base import BaseMethod, BaseMomentumMethod
 else:
-    BASE = "solo-learn"
+    try:
+        from solo.methods.base import BaseMethod, BaseMomentumMethod
 
-__all__ = ["BASE", "All4One", "describe_base", "register_backbone", "register_method"]
+        if "cfg" not in signature(BaseMethod.__init__).parameters:
+            raise ImportError("its BaseMethod takes no configuration")
+    except ImportError as error:
+        from grap_solo.solo.base import BaseMethod, BaseMomentumMethod
+
+        BASE = "grap_solo"
+        if find_spec("solo") is not None:
+            warnings.warn(
+                f"the installed solo-learn gives no BaseMethod ({error}): using grap-solo's own. "
+                "The registry's release of 2021 has none: install solo-learn's main branch instead",
+                stacklevel=2,
+            )
+    else:
+        BASE = "solo-learn"
+
+BASE: str
+"""Which base was taken: ``solo-learn`` or ``grap_solo``."""
+
+__all__ = [
+    "BASE",
+    "BaseMethod",
+    "BaseMomentumMethod",
+    "describe_base",
+    "prefer_solo_learn",
+    "register_backbone",
+    "register_method",
+]
 
 
-def describe_base() -> str:
-    """One line that says which base the methods stand on."""
-    origin = "solo-learn's" if BASE == "solo-learn" else "grap-solo's own (solo-learn not found)"
-    return f"base class: {origin} All4One"
+T = TypeVar("T")
+
+
+def prefer_solo_learn(module: str) -> Callable[[type[T]], type[T]]:
+    """Puts solo-learn's class of the same name in a class's place, where solo-learn has it.
+
+    Args:
+        module: where solo-learn has it, below ``solo.methods``.
+    """
+
+    def choose(own: type[T]) -> type[T]:
+        if BASE == "solo-learn":
+            try:
+                theirs: type[T] = getattr(import_module(f"solo.methods.{module}"), own.__name__)
+            except (ImportError, AttributeError):
+                return own
+            return theirs
+        return own
+
+    return choose
+
+
+def describe_base(method: type) -> str:
+    """One line that says which class a method stands on."""
+    base = next(
+        each for each in method.__mro__ if each.__module__.startswith(("solo.", "grap_solo.solo."))
+    )
+    if base.__module__.startswith("solo."):
+        return f"base class: solo-learn's {base.__name__}"
+    absent = "" if BASE == "solo-learn" else " (solo-learn not found)"
+    return f"base class: grap-solo's own{absent} {base.__name__}"
 
 
 def register_method(name: str, method: type) -> None:
@@ -55,9 +102,8 @@ def register_backbone(name: str) -> None:
     if BASE != "solo-learn":
         check_backbone(name)
         return
-    from solo.methods.base import BaseMethod
-
-    if name in BaseMethod._BACKBONES:
+    backbones: dict[str, Any] = vars(BaseMethod)["_BACKBONES"]
+    if name in backbones:
         return
     check_backbone(name)
     if name.startswith("resnet"):  # solo-learn takes any such name for a torchvision model.
@@ -66,4 +112,4 @@ def register_backbone(name: str) -> None:
     def build(method: str, **kwargs: Any) -> Any:
         return build_backbone(name, "", kwargs)[0]
 
-    BaseMethod._BACKBONES[name] = build
+    backbones[name] = build

@@ -13,23 +13,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grap_solo.solo.base import BaseMomentumMethod, copy_parameters
+from grap_solo.solo import BaseMomentumMethod, prefer_solo_learn
+from grap_solo.solo.base import copy_parameters
+from grap_solo.solo.projected import build_projector
 
 NEIGHBOURS = 5
-
-
-def build_projector(features: int, hidden: int, out: int) -> nn.Sequential:
-    """Three linear layers, each followed by batch-norm, with ReLUs between them."""
-    return nn.Sequential(
-        nn.Linear(features, hidden),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, out),
-        nn.BatchNorm1d(out),
-    )
 
 
 def build_predictor(features: int, hidden: int) -> nn.Sequential:
@@ -76,6 +64,7 @@ class PositionalEncoding(nn.Module):
         return tokens + cached.to(tokens.dtype)
 
 
+@prefer_solo_learn("all4one")
 class All4One(BaseMomentumMethod):
     """All4One's heads and queue on top of the momentum method.
 
@@ -97,8 +86,10 @@ class All4One(BaseMomentumMethod):
         self.queue_size: int = kwargs.queue_size
         hidden, out = kwargs.proj_hidden_dim, kwargs.proj_output_dim
 
-        self.projector = build_projector(self.features_dim, hidden, out)
-        self.momentum_projector = build_projector(self.features_dim, hidden, out)
+        self.projector, self.momentum_projector = (
+            build_projector(self.features_dim, hidden, out).append(nn.BatchNorm1d(out))
+            for _ in range(2)
+        )
         copy_parameters(self.projector, self.momentum_projector)
         self.predictor = build_predictor(out, kwargs.pred_hidden_dim)
         self.predictor2 = build_predictor(out, kwargs.pred_hidden_dim)

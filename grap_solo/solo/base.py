@@ -1,7 +1,7 @@
-"""The project's own momentum method, for when solo-learn is absent.
+"""The project's own base classes, for when solo-learn is absent.
 
-Same configuration keys, submodule names, metric names and numbers as solo-learn's
-``BaseMomentumMethod``, built on torchvision, timm, torchmetrics and Lightning.
+Same configuration keys, submodule names, metric names and numbers as solo-learn's ``BaseMethod``
+and ``BaseMomentumMethod``, built on torchvision, timm, torchmetrics and Lightning.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,8 +34,9 @@ scheduler:
 knn_eval: {enabled: false, k: 20, distance_func: euclidean}
 performance: {disable_channel_last: false}
 method_kwargs: {}
-momentum: {base_tau: 0.99, final_tau: 1.0, classifier: false}
 """
+
+MOMENTUM_DEFAULTS = "momentum: {base_tau: 0.99, final_tau: 1.0, classifier: false}"
 
 SCHEDULERS = ("warmup_cosine", "step", "none")
 
@@ -151,8 +151,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class BaseMomentumMethod(pl.LightningModule, ABC):
-    """Backbone, its momentum copy, online probe, optimiser and schedule.
+class BaseMethod(pl.LightningModule, ABC):
+    """Backbone, online probe, optimiser and schedule.
 
     Args:
         cfg: a configuration with solo-learn's keys, as its ``parse_cfg`` leaves them: learning
@@ -169,22 +169,9 @@ class BaseMomentumMethod(pl.LightningModule, ABC):
         cfg = self.add_and_assert_specific_cfg(cfg)
         self.cfg = cfg
 
-        build = partial(
-            build_backbone,
-            cfg.backbone.name,
-            cfg.data.dataset,
-            dict(cfg.backbone.kwargs),
-        )
-        self.backbone, self.features_dim = build()
-        self.momentum_backbone, _ = build()
-        copy_parameters(self.backbone, self.momentum_backbone)
-        self.momentum_updater = MomentumUpdater(cfg.momentum.base_tau, cfg.momentum.final_tau)
-
+        self._build_backbones()
         self.num_classes: int = cfg.data.num_classes
         self.classifier = nn.Linear(self.features_dim, self.num_classes)
-        self.momentum_classifier = (
-            nn.Linear(self.features_dim, self.num_classes) if cfg.momentum.classifier else None
-        )
 
         scale = cfg.accumulate_grad_batches or 1
         self.lr: float = cfg.optimizer.lr * scale
@@ -196,19 +183,25 @@ class BaseMomentumMethod(pl.LightningModule, ABC):
         self.knn_eval: bool = cfg.knn_eval.enabled
         self.knn: Any = None  # A method's own.
 
+    def _new_backbone(self) -> tuple[nn.Module, int]:
+        """A backbone as configured, and the dimension of its embedding."""
+        cfg = self.cfg
+        return build_backbone(cfg.backbone.name, cfg.data.dataset, dict(cfg.backbone.kwargs))
+
+    def _build_backbones(self) -> None:
+        self.backbone, self.features_dim = self._new_backbone()
+
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Fills in solo-learn's defaults."""
-        merged = OmegaConf.merge(OmegaConf.create(DEFAULTS), cfg)
-        assert isinstance(merged, DictConfig)
-        return merged
+        return _with_defaults(cfg, DEFAULTS)
 
     # ---- optimisation -----------------------------------------------------------------------
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
         """The optimiser's parameter groups."""
-        groups: list[dict[str, Any]] = [
+        return [
             {"name": "backbone", "params": self.backbone.parameters()},
             {
                 "name": "classifier",
@@ -217,21 +210,6 @@ class BaseMomentumMethod(pl.LightningModule, ABC):
                 "weight_decay": 0,
             },
         ]
-        if self.momentum_classifier is not None:
-            groups.append(
-                {
-                    "name": "momentum_classifier",
-                    "params": self.momentum_classifier.parameters(),
-                    "lr": self.classifier_lr,
-                    "weight_decay": 0,
-                }
-            )
-        return groups
-
-    @property
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The (online, momentum) networks to average."""
-        return [(self.backbone, self.momentum_backbone)]
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer()
@@ -282,11 +260,6 @@ class BaseMomentumMethod(pl.LightningModule, ABC):
         """Embeddings (B, D) alone."""
         return {"feats": self.backbone(self._images(X))}
 
-    @torch.no_grad()
-    def momentum_forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Embeddings (B, D) of the momentum backbone."""
-        return {"feats": self.momentum_backbone(self._images(X))}
-
     def _images(self, X: Tensor) -> Tensor:
         return X if self.no_channel_last else X.to(memory_format=torch.channels_last)
 
@@ -294,12 +267,8 @@ class BaseMomentumMethod(pl.LightningModule, ABC):
     def base_training_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """A method's own: ``feats`` of one view with the probe's ``loss``, ``acc1``, ``acc5``."""
 
-    @abstractmethod
-    def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """A method's own: the same for the momentum networks, if they have a classifier."""
-
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Any:
-        """Both networks on every view, with the probe's metrics; no loss of a method's own."""
+        """The backbone on every view, with the probe's metrics; no loss of a method's own."""
         _, views, targets = batch
         outs = _lists(self.base_training_step(x, targets) for x in views)
         for key in ("loss", "acc1", "acc5"):
@@ -316,7 +285,74 @@ class BaseMomentumMethod(pl.LightningModule, ABC):
                 train_features=torch.cat(outs["feats"])[labelled].detach(),
                 train_targets=repeated[labelled],
             )
+        return outs
 
+    def _log(self, **metrics: Tensor) -> None:
+        self.log_dict(metrics, on_epoch=True, sync_dist=True)
+
+
+class BaseMomentumMethod(BaseMethod):
+    """Beside the base a momentum copy of the backbone, with a classifier if that is asked for.
+
+    Args:
+        cfg: see :class:`BaseMethod`.
+
+    Raises:
+        ConfigError: see :class:`BaseMethod`; or a tau out of range.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        momentum = self.cfg.momentum
+        self.momentum_updater = MomentumUpdater(momentum.base_tau, momentum.final_tau)
+        self.momentum_classifier = (
+            nn.Linear(self.features_dim, self.num_classes) if momentum.classifier else None
+        )
+
+    def _build_backbones(self) -> None:
+        super()._build_backbones()
+        self.momentum_backbone, _ = self._new_backbone()
+        copy_parameters(self.backbone, self.momentum_backbone)
+
+    @staticmethod
+    def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
+        """Fills in solo-learn's defaults."""
+        return _with_defaults(BaseMethod.add_and_assert_specific_cfg(cfg), MOMENTUM_DEFAULTS)
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """The momentum classifier's group too, if there is one."""
+        groups = super().learnable_params
+        if self.momentum_classifier is not None:
+            groups.append(
+                {
+                    "name": "momentum_classifier",
+                    "params": self.momentum_classifier.parameters(),
+                    "lr": self.classifier_lr,
+                    "weight_decay": 0,
+                }
+            )
+        return groups
+
+    @property
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The (online, momentum) networks to average."""
+        return [(self.backbone, self.momentum_backbone)]
+
+    @torch.no_grad()
+    def momentum_forward(self, X: Tensor) -> dict[str, Tensor]:
+        """Embeddings (B, D) of the momentum backbone."""
+        return {"feats": self.momentum_backbone(self._images(X))}
+
+    @abstractmethod
+    def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """A method's own: the momentum networks on one view, with the classifier's metrics if they
+        have one."""
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Any:
+        """Both networks on every view, with the probe's metrics; no loss of a method's own."""
+        outs = super().training_step(batch, batch_idx)
+        _, views, targets = batch
         momentum = _lists(self._shared_step_momentum(x, targets) for x in views)
         if self.momentum_classifier is not None:
             for key in ("loss", "acc1", "acc5"):
@@ -344,8 +380,11 @@ class BaseMomentumMethod(pl.LightningModule, ABC):
             )
         self.last_step = self.trainer.global_step
 
-    def _log(self, **metrics: Tensor) -> None:
-        self.log_dict(metrics, on_epoch=True, sync_dist=True)
+
+def _with_defaults(cfg: DictConfig, defaults: str) -> DictConfig:
+    merged = OmegaConf.merge(OmegaConf.create(defaults), cfg)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _lists(outs: Iterable[dict[str, Any]]) -> dict[str, Any]:

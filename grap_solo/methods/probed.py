@@ -1,0 +1,82 @@
+"""The online evaluations of a method: the linear probe and the k-NN, in training and validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from grap_solo.distributed import mean_over_processes
+from grap_solo.methods.losses import probe_loss
+from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
+from grap_solo.solo import BaseMethod, BaseMomentumMethod
+
+
+class ProbedMethod(BaseMethod):
+    """A method whose probe ignores labels of -1, and whose validation counts every image once.
+
+    Args:
+        cfg: solo-learn's configuration.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        # solo-learn's own k-NN metric cannot be made with torchmetrics 1: neither base makes one.
+        knn = OmegaConf.select(cfg, "knn_eval.enabled", default=False)
+        OmegaConf.update(cfg, "knn_eval.enabled", False, force_add=True)
+        super().__init__(cfg)
+        self.cfg.knn_eval.enabled = cfg.knn_eval.enabled = self.knn_eval = knn
+        if knn:
+            block = self.cfg.knn_eval
+            self.knn = WeightedKNNClassifier(k=block.k, distance_fx=block.distance_func)
+        self.validated: list[Tensor] = []
+
+    def base_training_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """``feats`` (B, D) of one view and the probe's metrics, without the heads."""
+        feats = self.multicrop_forward(X)["feats"]
+        with torch.no_grad():
+            return {"feats": feats, **_probe(self.classifier, feats, targets)}
+
+    def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        assert isinstance(self, BaseMomentumMethod)  # Of any other, no base calls it.
+        out: dict[str, Tensor] = self.momentum_forward(X)
+        if self.momentum_classifier is not None:
+            out.update(_probe(self.momentum_classifier, out["feats"], targets))
+        return out
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The probe on a batch ``[images, labels]``, and the k-NN's features."""
+        images, labels = batch
+        out = self.base_training_step(images, labels)
+        metrics = {f"val_{key}": out[key] for key in ("loss", "acc1", "acc5")}
+        if self.knn_eval and not self.trainer.sanity_checking:
+            self.knn.update(test_features=out["feats"].detach(), test_targets=labels)
+        if getattr(self, "momentum_classifier", None) is not None:
+            out = self._shared_step_momentum(images, labels)
+            metrics |= {f"momentum_val_{key}": out[key] for key in ("loss", "acc1", "acc5")}
+        means = torch.cat([each.reshape(1) for each in metrics.values()])
+        self.validated.append(torch.cat([means, torch.ones_like(means[:1])]) * len(labels))
+        self.validated_names = tuple(metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """The means over all images of all processes. solo-learn takes the mean of the processes',
+        Lightning cuts a process's number of images to a whole one."""
+        *sums, images = mean_over_processes(torch.stack(self.validated).sum(0))
+        self.validated.clear()
+        found = {name: each / images for name, each in zip(self.validated_names, sums, strict=True)}
+        if self.knn_eval and not self.trainer.sanity_checking:
+            acc1, acc5 = self.knn.compute()
+            found |= {"val_knn_acc1": acc1, "val_knn_acc5": acc5}
+        self.log_dict(found, sync_dist=True)
+
+
+def _probe(classifier: nn.Module, feats: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    logits = classifier(feats)
+    acc1, acc5 = accuracy_at_k(logits, targets)
+    return {
+        "logits": logits,
+        "loss": probe_loss(logits, targets),
+        "acc1": acc1,
+        "acc5": acc5,
+    }

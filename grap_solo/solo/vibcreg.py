@@ -1,0 +1,97 @@
+"""The project's own VIbCReg (Lee & Aune 2021, arXiv 2109.00783): its projector's last layer.
+
+Submodule and buffer names are solo-learn's, so that state dicts move both ways.
+"""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from grap_solo.solo import prefer_solo_learn
+from grap_solo.solo.projected import ProjectedMethod, build_projector
+
+
+class IterNorm(nn.Module):
+    """Iterative normalisation (Huang et al. 2019, arXiv 1904.03441, Alg. 1): whitens each group of
+    features by Newton's iteration for the inverse square root of their covariance.
+
+    Parameter and buffer names, groups and numbers are those of solo-learn's ``IterNorm``. Its own
+    backward changes what it has saved, so that a second one is refused; here it is autograd's, and
+    the K inner gradients can pass.
+
+    Args:
+        features: the number of features, D.
+        groups: into how many groups they go at most; as many as divide D evenly.
+        iterations: Newton's iterations.
+        eps: added to the variances.
+        momentum: a batch's share in the running statistics.
+    """
+
+    running_mean: Tensor
+    running_wm: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        groups: int = 64,
+        iterations: int = 5,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        size = (features - 1) // groups + 1
+        while features % size:
+            size //= 2
+        self.groups, self.size = features // size, size
+        self.iterations, self.eps, self.momentum = iterations, eps, momentum
+        self.weight = nn.Parameter(torch.ones(1, features))
+        self.bias = nn.Parameter(torch.zeros(1, features))
+        eye = torch.eye(size).expand(self.groups, size, size)
+        self.register_buffer("running_mean", torch.zeros(self.groups, size, 1))
+        self.register_buffer("running_wm", eye.clone())
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(B, D) to (B, D), in float32 or better."""
+        with torch.autocast(X.device.type, enabled=False):
+            X = X.to(torch.promote_types(X.dtype, torch.float32))
+            by_group = X.T.reshape(self.groups, self.size, len(X))
+            if self.training:
+                mean = by_group.mean(dim=2, keepdim=True)
+                whitening = self._inverse_root(by_group - mean)
+                with torch.no_grad():
+                    for running, value in ((self.running_mean, mean), (self.running_wm, whitening)):
+                        running.lerp_(value.to(running.dtype), self.momentum)
+            else:
+                mean, whitening = self.running_mean, self.running_wm
+            white = (whitening @ (by_group - mean)).reshape(X.shape[1], len(X)).T
+            return white * self.weight + self.bias
+
+    def _inverse_root(self, centred: Tensor) -> Tensor:
+        """``(cov + eps)^(-1/2)`` of each group, (groups, size, size)."""
+        eye = torch.eye(self.size, dtype=centred.dtype, device=centred.device)
+        covariance = centred @ centred.mT / centred.shape[2] + self.eps * eye
+        trace = covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        normed = covariance / trace  # The iteration converges where the norm is below 1.
+        root = eye.expand_as(normed)
+        for _ in range(self.iterations):
+            root = 1.5 * root - 0.5 * root @ root @ root @ normed
+        return root / trace.sqrt()
+
+
+@prefer_solo_learn("vibcreg")
+class VIbCReg(ProjectedMethod):
+    """A projector with GELUs, and iterative normalisation behind it if that is asked for.
+
+    Args:
+        cfg: see :class:`~grap_solo.solo.projected.ProjectedMethod`; ``method_kwargs.iternorm``
+            says whether the projections are whitened.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        kwargs = self.cfg.method_kwargs
+        hidden, out = kwargs.proj_hidden_dim, kwargs.proj_output_dim
+        last = IterNorm(out) if kwargs.iternorm else nn.Identity()
+        self.projector = build_projector(self.features_dim, hidden, out, nn.GELU).append(last)
