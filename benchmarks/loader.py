@@ -42,6 +42,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def configuration(cifar10: Path | None, batch_size: int) -> DictConfig:
     """What the loaders read of a run's configuration."""
     dataset = "digits" if cifar10 is None else "cifar10"
+    kind = "cifar" if dataset.startswith("cifar") else dataset
     return OmegaConf.create(
         {
             "seed": 5,
@@ -56,7 +57,7 @@ def configuration(cifar10: Path | None, batch_size: int) -> DictConfig:
                 "batched": False,
             },
             "optimizer": {"batch_size": batch_size},
-            "augmentations": OmegaConf.load(CONFIGS / dataset / "augmentations/asymmetric.yaml"),
+            "augmentations": OmegaConf.load(CONFIGS / "augmentations" / f"asymmetric_{kind}.yaml"),
         }
     )
 

@@ -1,7 +1,7 @@
 """GraP for solo-learn: the weights of a composite self-supervised loss, learned while it trains.
 
 Importing this package needs neither Lightning nor solo-learn. ``import grap_solo.methods`` adds
-``grap_all4one`` to solo-learn's methods where solo-learn is installed.
+the ``grap_*`` methods to solo-learn's where solo-learn is installed.
 """
 
 from grap_solo.balance import SharedHead, Step, balance

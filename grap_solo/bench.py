@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -23,8 +22,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import grap_solo
 from grap_solo.balance import Step, balance
+from grap_solo.compose import CONFIGS, compose
 from grap_solo.config import prepare
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.evaluate import device_of
@@ -34,7 +33,6 @@ from grap_solo.solo.backbones import build_backbone
 from grap_solo.summary import markdown
 from grap_solo.weighting import Statistics, build_weighting
 
-CONFIGS = Path(grap_solo.__file__).parents[1] / "configs" / "cifar10"
 PAIRS = (
     ("grap", "fixed"),
     ("grap", "solo_learn"),
@@ -270,8 +268,8 @@ def contender(
     changes += [f"precision={precision}", f"method={weighted_name(method)}", "optimizer.lr=1e-4"]
     changes += [f"+performance.compile={name == 'grap_compiled'}"]
     rule = "fixed" if name in ("fixed", "solo_learn") else "grap"
-    with initialize_config_dir(str(CONFIGS), version_base="1.2"):
-        cfg = prepare(compose(method, [*changes, f"+weighting={{name: {rule}}}"]))
+    changes.append(f"+weighting={{name: {rule}}}")
+    cfg = prepare(compose(CONFIGS / "cifar10" / f"{method}.yaml", changes))
     cfg.data.num_classes = 10
     surrogate = {"k_backwards": k_backwards, "torchjd": torchjd_step}.get(name)
     base: Any = None
@@ -288,7 +286,7 @@ def bench_step(
     accelerator: str = "cpu",
     precision: str = "32-true",
     only: Sequence[str] | None = None,
-    method: str = "all4one",
+    method: str | None = None,
 ) -> dict[str, Any]:
     """One optimiser step of a method: its CIFAR-10 configuration, ResNet-18 with the CIFAR stem.
 
@@ -302,7 +300,7 @@ def bench_step(
         accelerator: see :func:`contender`.
         precision: see :func:`contender`.
         only: the contenders; when None, all but ``grap_compiled``, which needs a C++ compiler.
-        method: one of the methods, without ``grap_``.
+        method: one of the methods, without ``grap_``; the first of them when None.
 
     Returns:
         ``ratios`` as :func:`ratio` by ``a/b``, ``seconds``, the median step, and ``peak_mib``:
@@ -313,6 +311,7 @@ def bench_step(
     """
     if not CONFIGS.is_dir():
         raise ConfigError(f"{CONFIGS}: no such folder: run it from a clone of the repository")
+    method = method or next(iter(METHODS))
     if method not in METHODS:
         raise unknown_name("--method", method, METHODS)
     names = ["fixed", "grap", "grap_compiled", "k_backwards", "torchjd"]

@@ -92,6 +92,7 @@ def _pretrain(arguments: list[str]) -> None:
     """hydra's own main, with ``--config-path`` relative to the current folder."""
     import hydra
 
+    import grap_solo.compose  # noqa: F401 (hydra then finds what the files share)
     from grap_solo.errors import ConfigError
 
     refused: list[Exception] = []
@@ -238,7 +239,7 @@ def _bench(arguments: list[str]) -> None:
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
     parser.add_argument("--only", nargs="+")
-    parser.add_argument("--method", default="all4one")
+    parser.add_argument("--method")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     for name in ("batch", "rounds"):
@@ -307,13 +308,9 @@ def _runs_and_overrides(command: str, arguments: list[str]) -> tuple[list[Path],
 
 def _loader(overrides: list[str]) -> Callable[[Path], DictConfig]:
     """Composes a run's configuration file with the command line's changes."""
-    from hydra import compose, initialize_config_dir
+    from grap_solo.compose import compose
 
-    def load(file: Path) -> DictConfig:
-        with initialize_config_dir(str(file.parent.resolve()), version_base="1.2"):
-            return compose(file.name, overrides)
-
-    return load
+    return lambda file: compose(file, overrides)
 
 
 def _demo(arguments: list[str]) -> None:
@@ -327,6 +324,7 @@ def _demo(arguments: list[str]) -> None:
 
 def _run(arguments: list[str]) -> None:
     """Registers the methods, then hands over to the script as if it had been started itself."""
+    import grap_solo.compose  # noqa: F401 (hydra then finds what the files share)
     from grap_solo.errors import ConfigError
     from grap_solo.solo import BASE
 

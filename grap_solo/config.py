@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.optim.lars import Lars
 
+import grap_solo.compose  # noqa: F401 (hydra then finds what the files share)
 from grap_solo.data import DATASETS, FORMATS, count_crops
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name

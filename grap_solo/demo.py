@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-import grap_solo
+from grap_solo.compose import CONFIGS, compose
 from grap_solo.data import evaluation_loader, load_images
 from grap_solo.errors import ConfigError
 from grap_solo.evaluate import Evaluation, evaluate
@@ -21,8 +20,6 @@ from grap_solo.retrain import retrain
 from grap_solo.summary import markdown
 from grap_solo.train import Run, pretrain
 from grap_solo.trajectory import MEDIAN_FILE, median_weights
-
-CONFIGS = Path(grap_solo.__file__).parents[1] / "configs" / "digits"
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[Row]:
         print(f"{directory} was there already: moved to {aside}")
 
     def configuration(file: str, name: str) -> DictConfig:
-        with initialize_config_dir(str(CONFIGS), version_base="1.2"):
-            return compose(file, [*overrides, f"name={name}", f"checkpoint.dir={directory}"])
+        changes = [*overrides, f"name={name}", f"checkpoint.dir={directory}"]
+        return compose(CONFIGS / "digits" / f"{file}.yaml", changes)
 
     start = time.monotonic()
     default = pretrain(configuration("all4one", "default"))

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.files import read_json, whole_file, write_json
 from grap_solo.methods import CompositeMethod
+from grap_solo.trajectory import format_weight
 
 METRICS_FILE = "metrics.csv"
 WANDB_FILE = "wandb.json"
@@ -39,7 +40,7 @@ class WeightsProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, CompositeMethod)
         named = zip(pl_module.weighting.terms, pl_module.shown_weights, strict=True)
-        metrics: dict[str, Any] = {name: f"{value:.2f}" for name, value in named}
+        metrics: dict[str, Any] = {name: format_weight(value) for name, value in named}
         if self.accuracy is not None:
             metrics["probe"] = f"{self.accuracy:.1f}%"
         return metrics

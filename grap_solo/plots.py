@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from grap_solo.trajectory import median_weights, read_weights
+from grap_solo.trajectory import format_weight, median_weights, read_weights
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
 COLORS = (
@@ -61,7 +62,7 @@ def plot_weights(
     for k, term in enumerate(terms):
         color, values = COLORS[k % len(COLORS)], weights[:, k]
         axes.plot(epochs, values, color=color, alpha=0.3, linewidth=0.8)
-        label = f"{term}: median {medians[term]:.2f}"
+        label = f"{term}: median {format_weight(medians[term])}"
         axes.plot(epochs, _running_median(values, int(per_epoch)), color=color, label=label)
     for value in sorted(set((reference or {}).values())):
         named = ", ".join(term for term in terms if (reference or {}).get(term) == value)
@@ -115,7 +116,7 @@ MORE_COLORS = (
     "#44AA99",
     "#661100",
 )
-LINEAR_BELOW = 0.1  # The axis of weights is logarithmic above.
+DECADES = 3  # Of the logarithmic part of the axis of weights that are all below 1.
 WIDTH = 9.0  # Of a figure, in inches.
 PER_ROW = 4
 POINTS = 400  # At most so many of a curve are computed.
@@ -463,12 +464,15 @@ def _dash_references(axes: Axes, reference: Mapping[str, float], colors: Mapping
 
 
 def _log_above(grid: Sequence[Axes]) -> None:
-    """The y-axis of weights: linear near 0, which is a weight too, and logarithmic above."""
-    axes, steps = grid[0], [scale * 10.0**power for power in range(-1, 7) for scale in (1, 3)]
+    """The y-axis of weights: linear near 0, which is a weight too, and logarithmic above 0.1, or
+    above less where every weight is below 1."""
     low, high = min(each.dataLim.y0 for each in grid), max(each.dataLim.y1 for each in grid)
-    low = -0.1 * LINEAR_BELOW if low >= 0 else 1.1 * low
-    high = max(high, LINEAR_BELOW)
-    axes.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.4)
+    first = -1 if high >= 1 or high <= 0 else math.floor(math.log10(high)) - DECADES + 1
+    linear_below = 10.0**first
+    axes, steps = grid[0], [scale * 10.0**power for power in range(first, 7) for scale in (1, 3)]
+    low = -0.1 * linear_below if low >= 0 else 1.1 * low
+    high = max(high, linear_below)
+    axes.set_yscale("symlog", linthresh=linear_below, linscale=0.4)
     axes.set_ylim(low, next((each for each in steps if high <= each <= 1.5 * high), 1.1 * high))
     axes.yaxis.set_major_locator(FixedLocator([*(-each for each in steps), 0, *steps]))
     axes.yaxis.set_minor_locator(NullLocator())

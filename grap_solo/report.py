@@ -34,7 +34,7 @@ from grap_solo.recorded import (
     read_recorded,
     to_float,
 )
-from grap_solo.trajectory import DIAGNOSTICS_FILE, WEIGHTS_FILE
+from grap_solo.trajectory import DIAGNOSTICS_FILE, WEIGHTS_FILE, format_weight
 
 PAGE_FILE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -86,7 +86,7 @@ def _weights_section(groups: Sequence[Group], colors: dict[str, str], output: Pa
     section.caption = (
         "The effective weight of each term in the course of training, one panel for each method: "
         f"the median of an epoch's steps around each point{_over_runs(groups)}{dashed}; the "
-        "vertical axis is logarithmic above 0.1 and linear below."
+        "vertical axis is logarithmic, and linear near 0."
     )
     section.notes += _absent(groups, panels, "No weights")
     return section
@@ -320,6 +320,8 @@ def _cell(row: Mapping[str, str], column: str) -> str:
     spread = to_float(row.get(column.removesuffix("_mean") + "_std"))
     if column.endswith("_mean") and not np.isnan(spread):
         return f"{value:.2f} ± {spread:.2f}"
+    if column.startswith("weight/"):
+        return format_weight(value)
     low, high = to_float(row.get("cost_min")), to_float(row.get("cost_max"))
     if column == "cost" and high > low:
         return f"{value:.2f} ({low:.2f}{DASH}{high:.2f})"

@@ -11,6 +11,8 @@ import pandas as pd
 from scipy.stats import ttest_ind
 from statsmodels.stats.multitest import multipletests
 
+from grap_solo.trajectory import format_weight
+
 METRICS = {"online": "online probe", "linear": "linear probe", "knn": "k-NN", "rankme": "RankMe"}
 BASE = "fixed"
 
@@ -111,7 +113,7 @@ def write_summary(directory: Path, runs: pd.DataFrame, methods: pd.DataFrame, no
         cells = [row["method"], count]
         cells += [_mean_and_std(row, metric) for metric in METRICS]
         cells += [_number(row["cost"], "{:.2f}"), _number(row["p_value"], "{:.3f}")]
-        rows.append(cells + [_number(row[column], "{:.2f}") for column in weights])
+        rows.append(cells + [_weight(row[column]) for column in weights])
     text = f"{markdown(rows)}\n\n{notes}\n"
     failed = runs[runs["reason"] != ""]
     if len(failed):
@@ -140,6 +142,10 @@ def _mean_and_std(row: pd.Series, metric: str) -> str:
     mean = _number(row[f"{metric}_mean"], "{:.2f}")
     std = _number(row[f"{metric}_std"], " ± {:.2f}")
     return mean if std == "-" else mean + std
+
+
+def _weight(value: float) -> str:
+    return "-" if pd.isna(value) else format_weight(value)
 
 
 def _number(value: float, form: str) -> str:

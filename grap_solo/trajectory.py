@@ -162,6 +162,12 @@ def read_weights(
     return header[2:], table[:, :2].astype(int), table[:, 2:]
 
 
+def format_weight(value: float) -> str:
+    """A weight with two decimals, or two digits of one that is below 0.01: Barlow Twins' second
+    reference weight is 5e-4."""
+    return f"{value:.2f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+
+
 def median_weights(path: str | os.PathLike[str], warmup_epochs: int = 0) -> dict[str, float]:
     """The median effective weight of each term over the steps after the warm-up.
 

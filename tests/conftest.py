@@ -57,20 +57,32 @@ def method_over(base: str, monkeypatch, name="all4one", absent=()):
     return methods.METHODS[name]
 
 
+METHOD_KWARGS = {
+    "all4one": {
+        "temperature": 0.2,
+        "proj_hidden_dim": 32,
+        "proj_output_dim": 16,
+        "pred_hidden_dim": 24,
+        "queue_size": 40,
+    },
+    "vicreg": {"proj_hidden_dim": 32, "proj_output_dim": 16},
+    "vibcreg": {"proj_hidden_dim": 32, "proj_output_dim": 192, "iternorm": True},  # 64 groups of 3.
+    "barlow_twins": {"proj_hidden_dim": 32, "proj_output_dim": 16, "scale_loss": 0.1},
+}
+
+
 def all4one_config(**changes):
-    """All4One as ``parse_cfg`` leaves it, small: resnet18 on 8 images, queue of 40."""
+    return method_config("all4one", **changes)
+
+
+def method_config(method, **changes):
+    """A method as ``parse_cfg`` leaves it, small: resnet18 on 8 images, a queue of 40."""
     cfg = OmegaConf.create(
         {
             "name": "test",
-            "method": "all4one",
+            "method": method,
             "backbone": {"name": "resnet18", "kwargs": {}},
-            "method_kwargs": {
-                "temperature": 0.2,
-                "proj_hidden_dim": 32,
-                "proj_output_dim": 16,
-                "pred_hidden_dim": 24,
-                "queue_size": 40,
-            },
+            "method_kwargs": METHOD_KWARGS.get(method, {}),
             "momentum": {"base_tau": 0.9, "final_tau": 1.0},
             "data": {
                 "dataset": "cifar10",

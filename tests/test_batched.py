@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from grap_solo import ConfigError
+from grap_solo.compose import compose
 from grap_solo.data import batched, evaluation_loader, sampling
 from grap_solo.data.augmentations import build_pipeline, build_views
 from grap_solo.data.datasets import Digits, Part
@@ -70,7 +71,7 @@ def uniform(count, columns, seed=0):
 def loader(images=None, seed=5, epoch=0, batch=64, rank=0, world=1, drop_last=True, **kwargs):
     """A loader of the digits' two views; as one of several processes, if asked."""
     images = images or digits()
-    augmentations = OmegaConf.load(CONFIGS / "digits/augmentations/asymmetric.yaml")
+    augmentations = OmegaConf.load(CONFIGS / "augmentations/asymmetric_digits.yaml")
     cfg = OmegaConf.create(
         {
             "data": {"dataset": "digits", "num_workers": kwargs.pop("num_workers", 0)},
@@ -293,9 +294,16 @@ def test_each_keys_views_are_distributed_as_pils(key):
     assert_alike(theirs, ours, one)
 
 
-@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
-def test_views_of_the_yaml_files_are_distributed_as_pils(dataset):
-    augmentations = OmegaConf.load(CONFIGS / dataset / "augmentations/asymmetric.yaml")
+@pytest.mark.parametrize(
+    ("dataset", "file"),
+    [
+        ("digits", "asymmetric_digits"),
+        ("cifar10", "asymmetric_cifar"),
+        ("cifar10", "symmetric_cifar"),
+    ],
+)
+def test_views_of_the_yaml_files_are_distributed_as_pils(dataset, file):
+    augmentations = OmegaConf.load(CONFIGS / "augmentations" / f"{file}.yaml")
     for theirs in build_views(dataset, augmentations):
         assert_alike(theirs, batched.Pipeline(theirs), coloured(900))
 
@@ -318,11 +326,11 @@ def test_nothing_is_written_over():
 
 
 def test_every_yaml_file_builds():
-    files = sorted(CONFIGS.glob("*/augmentations/*.yaml"))
-    assert {each.parts[-3] for each in files} >= {"digits", "cifar10", "cifar100"}
+    files = sorted(CONFIGS.glob("augmentations/*.yaml"))
+    assert {each.stem.partition("_")[2] for each in files} == {"digits", "cifar", "imagenet100"}
     for file in files:
         augmentations = OmegaConf.load(file)
-        views = [batched.Pipeline(each) for each in build_views(file.parts[-3], augmentations)]
+        views = [batched.Pipeline(each) for each in build_views("cifar10", augmentations)]
         size = augmentations[0].crop_size
         made = [each(coloured()[:2], uniform(2, each.columns)) for each in views]
         assert [each.shape for each in made] == [(2, 3, size, size)] * 2
@@ -506,8 +514,7 @@ def test_lightning_puts_no_sampler_in_its_place(tmp_path, monkeypatch):
 
 
 def test_validation_images_that_are_kept_are_those_of_the_loader(monkeypatch):
-    cfg = OmegaConf.load(CONFIGS / "digits" / "all4one.yaml")
-    cfg.augmentations = OmegaConf.load(CONFIGS / "digits" / "augmentations" / "asymmetric.yaml")
+    cfg = compose(CONFIGS / "digits" / "all4one.yaml")
     images = digits()
     plain = list(evaluation_loader(cfg, images, keep=True))
     cfg.data.batched = True

@@ -8,11 +8,12 @@ from omegaconf import OmegaConf
 
 from grap_solo import ConfigError
 from grap_solo.config import prepare
-from grap_solo.methods import GrapAll4One
+from grap_solo.methods import METHODS, GrapAll4One, find_method
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 GRIDS = sorted((CONFIGS / "table3").glob("*.yaml"))
-FILES = sorted({*CONFIGS.glob("*/*.yaml")} - {*GRIDS, *CONFIGS.glob("sweeps/*.yaml")})
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet100")
+FILES = sorted(file for dataset in DATASETS for file in (CONFIGS / dataset).glob("*.yaml"))
 
 
 def composed(file, overrides=()):
@@ -26,8 +27,9 @@ def digits(*overrides, file="grap"):
 
 def test_there_is_a_default_and_a_grap_file_for_each_dataset():
     found = {(file.parent.name, file.stem) for file in FILES}
-    datasets = ("digits", "cifar10", "cifar100", "imagenet100")
-    assert found == {(d, m) for d in datasets for m in ("all4one", "grap")}
+    plain = {(dataset, method) for dataset in DATASETS for method in METHODS}
+    learned = {(d, "grap" if m == "all4one" else f"grap_{m}") for d, m in plain}
+    assert found == plain | learned
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem}")
@@ -35,13 +37,15 @@ def test_every_file_composes_and_builds(file):
     source = composed(file, ["accelerator=cpu", "devices=1"])
     cfg = prepare(source)
     cfg.data.num_classes = {"digits": 10, "cifar10": 10}.get(cfg.data.dataset, 100)
-    model = GrapAll4One(cfg)
-    assert type(model.weighting).__name__ == {"all4one": "Fixed", "grap": "GraP"}[file.stem]
-    assert model.queue.shape == (
-        cfg.method_kwargs.queue_size,
-        cfg.method_kwargs.proj_output_dim,
-    )
-    assert model.cfg.optimizer.kwargs.eta == 0.02
+    model = find_method(cfg.method)(cfg)
+    learned = file.stem.startswith("grap")
+    assert type(model.weighting).__name__ == ("GraP" if learned else "Fixed")
+    assert cfg.method == ("grap_all4one" if file.stem == "grap" else file.stem)
+    assert cfg.name == f"{file.stem}-{file.parent.name}"
+    if cfg.optimizer.name == "lars":
+        assert model.cfg.optimizer.kwargs.eta == 0.02
+    small = file.parent.name == "digits" and model.weighting.terms[0] != "nnclr"
+    assert cfg.optimizer.name == ("adamw" if small else "lars")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class GaussianBlur:
-    """PIL's blur with a radius drawn uniformly, as BYOL's and solo-learn's.
+    """PIL's blur with a radius drawn uniformly, as solo-learn's.
 
     Args:
         sigma: the range of the radius in pixels.

@@ -14,10 +14,18 @@ from importlib import import_module
 
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods.all4one import GrapAll4One
-from grap_solo.methods.composite import CompositeMethod
+from grap_solo.methods.barlow_twins import GrapBarlowTwins
+from grap_solo.methods.composite import CompositeMethod, Key
+from grap_solo.methods.vibcreg import GrapVIbCReg
+from grap_solo.methods.vicreg import GrapVICReg
 from grap_solo.solo import register_method
 
-METHODS: dict[str, type[CompositeMethod]] = {"all4one": GrapAll4One}
+METHODS: dict[str, type[CompositeMethod]] = {
+    "all4one": GrapAll4One,
+    "vicreg": GrapVICReg,
+    "vibcreg": GrapVIbCReg,
+    "barlow_twins": GrapBarlowTwins,
+}
 """The class of each method. ``<name>`` trains it with its reference weights, ``grap_<name>`` with
 those of a ``weighting:`` block."""
 
@@ -30,6 +38,10 @@ __all__ = [
     "METHODS",
     "CompositeMethod",
     "GrapAll4One",
+    "GrapBarlowTwins",
+    "GrapVIbCReg",
+    "GrapVICReg",
+    "Key",
     "find_method",
     "takes_weighting",
     "weighted_name",

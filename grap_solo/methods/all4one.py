@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from grap_solo.balance import Step
 from grap_solo.distributed import gather
 from grap_solo.errors import ConfigError
-from grap_solo.methods.composite import POSITIVE, CompositeMethod, Key, Projections
-from grap_solo.methods.losses import Views, contrast, correlation_losses
+from grap_solo.methods.composite import POSITIVE, CompositeMethod, Key
+from grap_solo.methods.losses import Projections, Views, contrast, correlation_losses
 from grap_solo.solo.all4one import NEIGHBOURS, All4One
 
 ATTENTION_TEMPERATURE = 0.1

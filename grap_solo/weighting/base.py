@@ -60,7 +60,7 @@ class Weighting(nn.Module, ABC):
         heads: what each term's own head is trained by: ``weighted``, its term times the effective
             weight, as in ``loss = sum_k w_k L_k``; ``unweighted``, the term alone; ``reference``,
             the term times its reference weight.
-        shared_heads: what a module that several terms share (All4One's projector) gets: ``sum``,
+        shared_heads: what a module that several terms share (a projector, say) gets: ``sum``,
             the sum of what the terms' heads get, or ``weights``, the same weighted sum as the
             backbone.
 

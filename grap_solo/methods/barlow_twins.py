@@ -1,0 +1,57 @@
+"""Barlow Twins (Zbontar et al. 2021, arXiv 2103.03230): its two terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from grap_solo.methods.composite import CompositeMethod, Key
+from grap_solo.methods.losses import Projections, barlow_twins_losses, standardize
+from grap_solo.solo.projected import BarlowTwins
+
+
+class GrapBarlowTwins(CompositeMethod, BarlowTwins):
+    """Barlow Twins whose terms are weighted by a ``weighting:`` block instead of constants.
+
+    The terms, on the cross-correlation ``c`` of both views' projections:
+
+    - ``on_diagonal``: invariance, ``sum_i (c_ii - 1)^2``;
+    - ``off_diagonal``: redundancy reduction, ``sum_ij c_ij^2`` for ``i != j``.
+
+    Over several processes ``c`` is that of the joined batch, as in the authors' code. solo-learn
+    standardises each process's part by itself, and divides the gradient by the number of processes,
+    since its all-reduce lets none through.
+
+    Args:
+        cfg: see :class:`~grap_solo.methods.composite.CompositeMethod`.
+
+    Raises:
+        ConfigError: see :class:`~grap_solo.methods.composite.CompositeMethod`.
+    """
+
+    method_keys = {
+        "proj_hidden_dim": Key(int, 1),
+        "proj_output_dim": Key(int, 1),
+        "scale_loss": Key(float, 0, 0.024),
+        "lamb": Key(float, 0, 0.0051),
+    }
+    loss_metric = "train_barlow_loss"
+
+    @staticmethod
+    def reference_weights(cfg: DictConfig) -> dict[str, float]:
+        """solo-learn's scale, and that times lambda."""
+        scale, lamb = cfg.method_kwargs.scale_loss, cfg.method_kwargs.lamb
+        return {"on_diagonal": scale, "off_diagonal": scale * lamb}
+
+    def compute_terms(self, projections: Projections, targets: Any) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for k, term in enumerate(("on_diagonal", "off_diagonal")):
+            if term in projections and term not in losses:
+                views = [standardize(each) for each in projections[term]]
+                found = barlow_twins_losses(*views)
+                losses[term] = found[k]
+                if k == 0 and projections.get("off_diagonal") is projections[term]:
+                    losses["off_diagonal"] = found[1]
+        return losses

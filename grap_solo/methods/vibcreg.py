@@ -1,0 +1,58 @@
+"""VIbCReg (Lee & Aune 2021, arXiv 2109.00783): VICReg's terms, the covariance one normalised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from grap_solo.methods.composite import CompositeMethod, Key
+from grap_solo.methods.losses import Projections, normalized_covariance, vicreg_terms
+from grap_solo.solo.vibcreg import IterNorm, VIbCReg
+
+
+class GrapVIbCReg(CompositeMethod, VIbCReg):
+    """VIbCReg whose terms are weighted by a ``weighting:`` block instead of constants.
+
+    The terms, on the projections of both views, which ``method_kwargs.iternorm`` whitens:
+
+    - ``invariance`` and ``variance``: see :class:`~grap_solo.methods.vicreg.GrapVICReg`;
+    - ``covariance``: the mean of the squared correlations of different features, added up over the
+      views.
+
+    Args:
+        cfg: see :class:`~grap_solo.methods.composite.CompositeMethod`.
+
+    Raises:
+        ConfigError: see :class:`~grap_solo.methods.composite.CompositeMethod`.
+    """
+
+    method_keys = {
+        "proj_hidden_dim": Key(int, 1),
+        "proj_output_dim": Key(int, 1),
+        "sim_loss_weight": Key(float, 0, 25.0),
+        "var_loss_weight": Key(float, 0, 25.0),
+        "cov_loss_weight": Key(float, 0, 200.0),
+        "iternorm": Key(bool, default=False),
+    }
+    loss_metric = "train_vibcreg_loss"
+
+    def build_networks(self) -> None:
+        """Puts our iterative normalisation in the place of solo-learn's, of the same state: only
+        one gradient can pass theirs."""
+        if self.cfg.method_kwargs.iternorm:
+            self.projector[-1] = IterNorm(self.cfg.method_kwargs.proj_output_dim)
+
+    @staticmethod
+    def reference_weights(cfg: DictConfig) -> dict[str, float]:
+        """solo-learn's three weights."""
+        kwargs = cfg.method_kwargs
+        return {
+            "invariance": kwargs.sim_loss_weight,
+            "variance": kwargs.var_loss_weight,
+            "covariance": kwargs.cov_loss_weight,
+        }
+
+    def compute_terms(self, projections: Projections, targets: Any) -> dict[str, Tensor]:
+        return vicreg_terms(projections, normalized_covariance)
