@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,6 +185,14 @@ def test_a_held_out_batch_leaves_no_trace_in_running_statistics():
     model._project(outputs_of(model, doubled()[1])["feats"])
     moved = [k for k, v in model.named_buffers() if k in before and not torch.equal(v, before[k])]
     assert set(moved) == {k for k in before}
+
+
+def test_weights_recorded_before_the_first_usable_step_are_on_the_models_device():
+    """A model is built on the CPU and moved; its first step may be skipped, as float16's often is."""
+    model = build("vicreg").to("meta")
+    model.trainer = SimpleNamespace(global_step=0)
+    model.on_train_start()
+    assert model.effective_weights.device.type == "meta"
 
 
 # ---- the terms, written out ---------------------------------------------------------------------

@@ -439,6 +439,8 @@ class CompositeMethod(ProbedMethod, ABC):
     def on_train_start(self) -> None:
         """Continues the momentum schedule where a checkpoint left it."""
         super().on_train_start()
+        # What is recorded of steps that are skipped before the first that is not; on the device.
+        self.effective_weights = self.weighting.reference
         self.last_step = self.trainer.global_step
         if self.last_step and isinstance(self, BaseMomentumMethod):
             self.momentum_updater.update_tau(
