@@ -13,14 +13,16 @@
 #
 # GraP needs three things of a method: an embedding, its terms as functions of the embedding, and a
 # downstream loss as a function of it too. `balance` makes one scalar of them whose ordinary
-# backward is the step. First in a plain loop, then in a LightningModule.
+# backward is the step. First in a plain loop, then in a LightningModule of your own, and last as a
+# method that `grap-solo`'s commands train, compare and report.
 #
-# The method here is a small denoising autoencoder on scikit-learn's digits with two terms:
+# The method of the first two parts is a small denoising autoencoder on scikit-learn's digits with two terms:
 # `reconstruction`, and `consistency` between the embeddings of two noisy views.
 
 # %%
 import logging
 import os
+import tempfile
 
 import lightning.pytorch as pl
 import torch
@@ -147,3 +149,79 @@ for block in ({"name": "equal"}, {"name": "grap", "lr": 0.1}, {"name": "mgda"}, 
     module, trainer = train_with(block)
     weights = {k: round(v.item(), 2) for k, v in trainer.callback_metrics.items()}
     print(f"{block['name']:8} probe {module.model.accuracy():.1f} %  last {weights}")
+
+# %% [markdown]
+# ## A method for `grap-solo`'s commands
+#
+# Derive a class from `CompositeMethod` and give its terms: everything else that a step needs is
+# there, on solo-learn's base classes or the project's own. This is LeJEPA (Balestriero & LeCun
+# 2025, arXiv 2511.08544): the views' projections shall agree, and shall be normally distributed,
+# which Epps and Pulley's statistic tests along random directions.
+
+# %%
+from grap_solo.distributed import world_size
+from grap_solo.methods import CompositeMethod, Key
+from grap_solo.methods.losses import mean_with_gradient
+from grap_solo.solo.projected import build_projector
+
+
+class LeJEPA(CompositeMethod):
+    method_keys = {
+        "proj_hidden_dim": Key(int, 1, 256),
+        "proj_output_dim": Key(int, 1, 64),
+        "directions": Key(int, 1, 256),
+        "lamb": Key(float, 0, 0.05),
+    }
+
+    @staticmethod
+    def reference_weights(cfg):
+        return {"invariance": 1 - cfg.method_kwargs.lamb, "sigreg": cfg.method_kwargs.lamb}
+
+    def build_networks(self):
+        kwargs = self.cfg.method_kwargs
+        hidden, out = kwargs.proj_hidden_dim, kwargs.proj_output_dim
+        self.projector = build_projector(self.features_dim, hidden, out)
+
+    def compute_terms(self, projections, targets):
+        losses = {}
+        if "invariance" in projections:
+            losses["invariance"] = mse_loss(*projections["invariance"])
+        if "sigreg" in projections:
+            losses["sigreg"] = sum(self.sigreg(z) for z in projections["sigreg"]) / 2
+        return losses
+
+    def sigreg(self, z):
+        generator = torch.Generator().manual_seed(self.global_step)  # The same in all processes.
+        shape = z.shape[1], self.cfg.method_kwargs.directions
+        directions = normalize(torch.randn(shape, generator=generator), dim=0).to(z)
+        t = torch.linspace(-5, 5, 17, dtype=z.dtype, device=z.device)
+        angles = (z @ directions)[:, :, None] * t
+        real, imaginary = (mean_with_gradient(f(angles).mean(0)) for f in (torch.cos, torch.sin))
+        distance = (real - (-t.square() / 2).exp()).square() + imaginary.square()
+        per_direction = torch.trapezoid(distance * (-t.square()).exp(), t, dim=1)
+        return len(z) * world_size() * per_direction.mean()
+
+
+# %% [markdown]
+# A configuration names it by `method: package.module:Class`; here the module is this notebook. From
+# a file `lejepa.py` it is `grap-solo pretrain ... method=lejepa:LeJEPA`. The rest is the digits'
+# file of VICReg. LeJEPA's own weights, equal ones, and GraP's, in one table:
+
+# %%
+from IPython.display import Image, Markdown, display
+
+from grap_solo.compare import compare
+from grap_solo.compose import CONFIGS, compose
+
+os.chdir(tempfile.mkdtemp())  # The runs go here; use a folder of your own to keep them.
+changes = ["method=__main__:LeJEPA", "name=lejepa", f"max_epochs={min(EPOCHS, 8)}"]
+changes += ["scheduler.warmup_epochs=1"]
+cfg = compose(CONFIGS / "digits" / "vicreg.yaml", changes)
+folder = compare(cfg, methods=["fixed", "equal", "grap"], seeds=[5])
+display(Markdown((folder / "summary.md").read_text()))
+
+# %% [markdown]
+# One seed and few epochs are no ranking. The weights as GraP learned them, and the reference:
+
+# %%
+display(Image(folder / "weights.png"))

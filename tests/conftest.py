@@ -8,6 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import grap_solo
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
@@ -44,6 +46,11 @@ def method_over(base: str, monkeypatch, name="all4one", absent=()):
         absent: further modules that cannot be imported.
     """
     with monkeypatch.context() as patch:
+        for each in ("methods", "solo"):  # An import sets them, and the context sets them back.
+            patch.setattr(grap_solo, each, getattr(grap_solo, each, None))
+        if base == "solo_learn":  # Importing a fresh copy registers its methods there.
+            theirs = importlib.import_module("solo.methods").METHODS
+            patch.setattr("solo.methods.METHODS", dict(theirs))
         for each in decided_modules():
             patch.delitem(sys.modules, each)
         for each in [*absent, *(["solo", "solo.methods.base"] if base == "own" else [])]:
@@ -67,7 +74,13 @@ METHOD_KWARGS = {
     },
     "vicreg": {"proj_hidden_dim": 32, "proj_output_dim": 16},
     "vibcreg": {"proj_hidden_dim": 32, "proj_output_dim": 192, "iternorm": True},  # 64 groups of 3.
-    "barlow_twins": {"proj_hidden_dim": 32, "proj_output_dim": 16, "scale_loss": 0.1},
+    # Weights that float32 holds exactly: solo-learn's are Python's.
+    "barlow_twins": {
+        "proj_hidden_dim": 32,
+        "proj_output_dim": 16,
+        "scale_loss": 2**-3,
+        "lamb": 2**-8,
+    },
 }
 
 

