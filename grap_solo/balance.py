@@ -22,7 +22,7 @@ Rows = tuple[tuple[Tensor, ...], ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One step's scalar and what it was made of. All but ``loss`` is detached.
+    """One step's scalar and what it was made of. All but ``loss`` and ``returned`` is detached.
 
     Attributes:
         loss: the scalar to call ``backward()`` on, shape (). Its gradients are the step; where

@@ -8,7 +8,6 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -324,17 +323,21 @@ def _demo(arguments: list[str]) -> None:
 
 def _run(arguments: list[str]) -> None:
     """Registers the methods, then hands over to the script as if it had been started itself."""
-    import grap_solo.compose  # noqa: F401 (hydra then finds what the files share)
     from grap_solo.errors import ConfigError
-    from grap_solo.solo import BASE
+    from grap_solo.solo import BASE, register_method
 
     if not arguments or not Path(arguments[0]).is_file():
         given = f"'{arguments[0]}'" if arguments else "nothing"
         raise ConfigError(f"run: expected one of solo-learn's scripts, got {given}")
     if BASE != "solo-learn":
         raise ConfigError("run: solo-learn's main branch cannot be imported: put it on PYTHONPATH")
+    from grap_solo.methods import find_method  # Adds the methods to solo-learn's.
+
+    for argument in arguments:  # A method of one's own, which no registry knows.
+        key, _, path = argument.lstrip("+").partition("=")
+        if key == "method" and ":" in path:
+            register_method(path, find_method(path))
     sys.argv = arguments
-    import_module("grap_solo.methods")  # Adds the methods to solo-learn's.
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     runpy.run_path(arguments[0], run_name="__main__")
 

@@ -152,6 +152,8 @@ def plan(
             parent = None
             if suffix is not None:
                 parent = run_dir(mine)
+                if isinstance(mine.get("method"), str):  # A definition may hold the plain name.
+                    mine.method = weighted_name(mine.method)
                 mine.weighting = {"name": "fixed"}
                 if suffix == "_finetuned":
                     mine.weighting = {"name": "supervised"}

@@ -15,7 +15,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.optim.lars import Lars
 
-import grap_solo.compose  # noqa: F401 (hydra then finds what the files share)
 from grap_solo.data import DATASETS, FORMATS, count_crops
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name
@@ -322,6 +321,14 @@ def _check_weighting(cfg: DictConfig) -> Weighting:
     elif "weighting" not in cfg:
         cfg.weighting = {"name": "grap"}
     reference = terms_of(cfg)
+    for term, value in reference.items():
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(
+                f"method_kwargs: they give {term} a reference weight of {value:g}: 0 or more is "
+                "needed"
+            )
+    if not any(reference.values()):
+        raise ConfigError("method_kwargs: every reference weight is 0: give a term some weight")
     block: Any = OmegaConf.to_container(cfg.weighting, resolve=True)
     return build_weighting(block, tuple(reference), reference)
 

@@ -163,8 +163,7 @@ def read_weights(
 
 
 def format_weight(value: float) -> str:
-    """A weight with two decimals, or two digits of one that is below 0.01: Barlow Twins' second
-    reference weight is 5e-4."""
+    """A weight with two decimals, or with two digits if it is below 0.01."""
     return f"{value:.2f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
 
 

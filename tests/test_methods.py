@@ -14,14 +14,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
-from conftest import METHOD_KWARGS, decided_modules, image_batch, method_config, method_over
+from conftest import METHOD_KWARGS, image_batch, method_config, method_over
 from omegaconf import OmegaConf
 from test_run import DIGITS, SMALL
 
 from grap_solo import ConfigError
 from grap_solo.cli import main
+from grap_solo.compare import plan
 from grap_solo.compose import compose
-from grap_solo.methods import METHODS, CompositeMethod, find_method, takes_weighting, weighted_name
+from grap_solo.config import prepare
+from grap_solo.methods import (
+    METHODS,
+    CompositeMethod,
+    Key,
+    find_method,
+    takes_weighting,
+    weighted_name,
+)
 from grap_solo.methods.composite import frozen_statistics
 from grap_solo.methods.losses import (
     barlow_twins_losses,
@@ -31,6 +40,7 @@ from grap_solo.methods.losses import (
     standardize,
     variance,
 )
+from grap_solo.solo import BaseMomentumMethod
 from grap_solo.solo.vibcreg import IterNorm
 from grap_solo.train import pretrain
 from grap_solo.trajectory import read_weights
@@ -176,15 +186,80 @@ def test_a_term_of_weight_0_is_not_computed(name):
 
 
 def test_a_held_out_batch_leaves_no_trace_in_running_statistics():
-    model = build("vibcreg")
-    before = {k: v.clone() for k, v in model.named_buffers() if "running" in k}
-    assert any(k.startswith("projector.7") for k in before)
-    with frozen_statistics(model):
-        model._project(outputs_of(model, doubled()[1])["feats"])
-    assert all(torch.equal(v, before[k]) for k, v in model.named_buffers() if k in before)
-    model._project(outputs_of(model, doubled()[1])["feats"])
-    moved = [k for k, v in model.named_buffers() if k in before and not torch.equal(v, before[k])]
-    assert set(moved) == {k for k in before}
+    """Iterative normalisation's included, and whichever the held-out images are."""
+    found = []
+    for seed in (None, 1, 2):
+        model = build("vibcreg")
+        batch = doubled(0)
+        model.training_step(
+            batch if seed is None else {"train": batch, "labelled": doubled(seed)}, 0
+        )
+        found.append({k: v for k, v in model.named_buffers() if "running" in k})
+    start = dict(build("vibcreg").named_buffers())
+    assert any(key.startswith("projector.7") for key in found[0])
+    for key, value in found[0].items():
+        assert not torch.equal(value, start[key]), key
+        assert torch.equal(value, found[1][key]) and torch.equal(value, found[2][key]), key
+
+
+def test_a_layer_with_statistics_of_its_own_kind_is_left_alone():
+    layer = torch.nn.Linear(2, 2)
+    layer.register_buffer("running_mean", torch.zeros(2))
+    with frozen_statistics(layer):
+        assert layer.running_mean.sum() == 0
+
+
+class Momentum(CompositeMethod, BaseMomentumMethod):
+    """A method of one's own with a momentum network, a shared head, and no projector."""
+
+    @staticmethod
+    def reference_weights(cfg):
+        return {"a": 1.0, "b": 2.0, "c": 0.5}
+
+    def build_networks(self):
+        self.both, self.own = (torch.nn.Linear(self.features_dim, 4) for _ in range(2))
+
+    def heads(self):
+        return {"a": [self.both], "b": [self.both], "c": [self.own]}
+
+    def make_targets(self, outputs):
+        return [each[:, :4] for each in outputs["momentum_feats"]]
+
+    def compute_terms(self, projections, targets):
+        heads = {"a": self.both, "b": self.both, "c": self.own}
+        return {
+            term: sum((heads[term](z) - t).square().mean() for z, t in zip(views, targets))
+            for term, views in projections.items()
+        }
+
+
+def own(**changes):
+    base = {"backbone": {"name": "test_resnet"}, "weighting": {"name": "grap"}}
+    cfg = OmegaConf.merge(method_config("test_methods:Momentum", **base), OmegaConf.create(changes))
+    model = Momentum(cfg)
+    model.log = model.log_dict = lambda *args, **kwargs: None
+    return model
+
+
+def trained(model):
+    return {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_method_of_ones_own_may_have_a_momentum_network_and_shared_heads():
+    model = own()
+    model.training_step(image_batch(), 0).backward()
+    assert trained(model) == {"backbone", "classifier", "both", "own"}
+    known = {id(p) for group in model.learnable_params for p in group["params"]}
+    assert all(id(p) in known for p in model.both.parameters())
+    assert (model.backbone, model.momentum_backbone) in model.momentum_pairs
+
+    weights = {"name": "fixed", "weights": {"a": 0, "b": 1, "c": 0}}
+    assert trained(own(weighting=weights)) == {"backbone", "classifier", "both"}
+    supervised = own(weighting={"name": "supervised"})
+    assert supervised.training_step(image_batch(), 0).isfinite()
+    assert trained(supervised) == {"backbone", "classifier"}
+    with pytest.raises(ConfigError, match="separate_projectors: .*has no projector"):
+        own(method_kwargs={"separate_projectors": True})
 
 
 def test_weights_recorded_before_the_first_usable_step_are_on_the_models_device():
@@ -411,6 +486,47 @@ def test_it_is_compared_and_reported(tmp_path, monkeypatch, capsys):
     assert re.search(r"own-seed1|grap-seed1", page)
 
 
+OWN_CLASS = """
+from grap_solo.methods import CompositeMethod
+class Mine(CompositeMethod):
+    {}
+    def reference_weights(self, cfg): return {{"a": 1.0}}
+    def compute_terms(self, projections, targets): return {{}}
+"""
+
+
+def test_a_key_of_another_kind_is_refused():
+    with pytest.raises(ConfigError, match="int, float, str or bool, not <class 'list'>"):
+        Key(list)
+
+
+def test_reference_weights_that_do_not_do_are_refused(tmp_path):
+    for changes, message in (
+        (["+method_kwargs.lamb=2"], "they give invariance a reference weight of -1: 0 or more"),
+        (["+method_kwargs.lamb=-1"], r"method_kwargs\.lamb: expected a number of 0 or more"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare(digits(OWN, tmp_path, *changes))
+    zero = [f"method_kwargs.{key}_loss_weight=0" for key in ("sim", "var", "cov")]
+    with pytest.raises(ConfigError, match="every reference weight is 0"):
+        prepare(digits("vicreg", tmp_path, *zero))
+
+
+def test_a_comparison_takes_methods_of_several_kinds_and_retrains_each(tmp_path):
+    cfg = compose(DIGITS / "vicreg.yaml", [*SMALL, f"checkpoint.dir={tmp_path}"])
+    kwargs = {"proj_hidden_dim": 256, "proj_output_dim": 256}
+    definitions = {
+        "barlow": {"method": "barlow_twins", "method_kwargs": kwargs},
+        "own": {"method": OWN, "weighting": {"name": "grap"}},
+    }
+    names = ["fixed", "barlow", "barlow_finetuned", "own_tuned"]
+    cells = {cell.method: cell.cfg for cell in plan(cfg, names, [1], definitions)}
+    assert cells["fixed"].method == "grap_vicreg"
+    assert cells["barlow"].method == "barlow_twins" and "weighting" not in cells["barlow"]
+    assert cells["barlow_finetuned"].method == "grap_barlow_twins"
+    assert cells["own"].method == cells["own_tuned"].method == OWN
+
+
 @pytest.mark.parametrize(
     ("text", "path", "message"),
     [
@@ -420,6 +536,9 @@ def test_it_is_compared_and_reported(tmp_path, monkeypatch, capsys):
         ("Mine = 5", "mine:Mine", "not a CompositeMethod"),
         ("", "mine:Mine", "mine:Mine: no such class"),
         ("class Mine: pass", "mine:Mine", "not a CompositeMethod"),
+        ("import sys; sys.exit(0)", "mine:Mine", r"mine cannot be imported \(SystemExit"),
+        (OWN_CLASS.format(""), "mine:Mine", "reference_weights: put @staticmethod above it"),
+        (OWN_CLASS.format("method_keys = {'a': 1}"), "mine:Mine", "'a' is no Key: write"),
         (
             "from grap_solo.methods import CompositeMethod\nclass Mine(CompositeMethod): pass",
             "mine:Mine",
@@ -489,6 +608,36 @@ def test_outside_their_files_no_module_names_a_method():
         assert not words.search((package / "methods" / file).read_text()), file
 
 
-def test_every_decided_module_is_reloaded():
-    assert {"grap_solo.solo", "grap_solo.methods.composite"} <= set(decided_modules())
-    assert issubclass(METHODS["vicreg"], CompositeMethod)
+def test_a_fresh_copy_over_a_base_leaves_the_modules_as_they_were(monkeypatch):
+    import grap_solo.methods
+
+    fresh = method_over("own", monkeypatch, "vicreg")
+    assert fresh is not METHODS["vicreg"] is grap_solo.methods.METHODS["vicreg"]
+    assert not issubclass(fresh, CompositeMethod) and fresh.__name__ == "GrapVICReg"
+
+
+SOLO_LEARNS_FILES = [("cifar10", "cifar"), ("imagenet100", "imagenet-100")]
+
+
+@pytest.mark.solo_learn
+@pytest.mark.parametrize("name", ["vicreg", "vibcreg", "barlow_twins"])
+@pytest.mark.parametrize(("dataset", "folder"), SOLO_LEARNS_FILES)
+def test_the_files_have_solo_learns_hyper_parameters(dataset, folder, name):
+    import solo
+
+    root = Path(solo.__file__).parents[1] / "scripts" / "pretrain" / folder
+    theirs = compose(root / ("barlow.yaml" if name == "barlow_twins" else f"{name}.yaml"))
+    ours = compose(DIGITS.parent / dataset / f"{name}.yaml")
+    for block in ("method", "backbone", "method_kwargs", "max_epochs", "devices", "precision",
+                  "strategy", "accelerator", "sync_batchnorm"):  # fmt: skip
+        assert ours[block] == theirs[block], block
+    plain = OmegaConf.to_container(ours.optimizer), OmegaConf.to_container(theirs.optimizer)
+    plain[1]["kwargs"].setdefault("clip_lr", False)  # solo-learn's default.
+    assert plain[0] == plain[1] and ours.scheduler.name == theirs.scheduler.name
+    for mine, other in zip(ours.augmentations, theirs.augmentations, strict=True):
+        for key, value in OmegaConf.to_container(other).items():
+            if isinstance(value, dict):
+                value.pop("enabled", None)
+                assert {k: mine[key][k] for k in value} == value, key
+            else:
+                assert mine[key] == value, key

@@ -12,6 +12,7 @@ import os
 import sys
 from importlib import import_module
 
+import grap_solo.compose  # noqa: F401 (hydra then finds what the configuration files share)
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods.all4one import GrapAll4One
 from grap_solo.methods.barlow_twins import GrapBarlowTwins
@@ -82,7 +83,7 @@ def _import_method(path: str) -> type[CompositeMethod]:
         sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
-    except Exception as error:  # A user's module may raise anything.
+    except (Exception, SystemExit) as error:  # A user's module may raise anything.
         line = (str(error).splitlines() or [""])[0]
         raise ConfigError(
             f"method: {module_name} cannot be imported ({type(error).__name__}: {line}): mend it, "
@@ -97,4 +98,9 @@ def _import_method(path: str) -> type[CompositeMethod]:
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise ConfigError(f"method: {path}: it has no {missing}: write that")
+    for name, key in found.method_keys.items():
+        if not isinstance(key, Key):
+            raise ConfigError(f"method: {path}: method_keys: '{name}' is no Key: write Key(int, 1)")
+    if not isinstance(inspect.getattr_static(found, "reference_weights"), staticmethod):
+        raise ConfigError(f"method: {path}: reference_weights: put @staticmethod above it")
     return found

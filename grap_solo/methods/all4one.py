@@ -60,7 +60,8 @@ class GrapAll4One(CompositeMethod, All4One):
             online one and its momentum copy.
 
     Raises:
-        ConfigError: see :class:`~grap_solo.methods.composite.CompositeMethod`.
+        ConfigError: see :class:`~grap_solo.methods.composite.CompositeMethod`; or separate
+            projectors with weight for ``attn_nnclr`` and none for ``nnclr``.
     """
 
     method_keys = {
@@ -71,6 +72,7 @@ class GrapAll4One(CompositeMethod, All4One):
         "queue_size": Key(int, NEIGHBOURS, 65536),
         "join_feature_loss": Key(bool, default=False),
     }
+    loss_metric = "train_comb_loss"
     term_metrics = {"attn_nnclr": "train_att_nnclr_loss"}
 
     queue: Tensor
@@ -129,8 +131,6 @@ class GrapAll4One(CompositeMethod, All4One):
 
     def make_targets(self, outputs: Mapping[str, Any]) -> Targets:
         """The momentum projections and, where a term needs them, the neighbours in the queue."""
-        if "momentum_z" not in outputs:
-            return Targets([], {})
         views, feats = outputs["momentum_z"], outputs["momentum_feats"]
         momentum: dict[str, Views] = {
             term: [F.normalize(projector(each), dim=-1) for each in feats]
@@ -187,9 +187,11 @@ class GrapAll4One(CompositeMethod, All4One):
     # ---- after the step -----------------------------------------------------------------------
 
     def after_step(
-        self, step: Step, outputs: Mapping[str, Any], targets: Targets, batch: Sequence[Any]
+        self, step: Step, outputs: Mapping[str, Any], targets: Targets | None, batch: Sequence[Any]
     ) -> dict[str, Tensor]:
         """Fills the queue; solo-learn's metrics of All4One, of the active terms."""
+        if targets is None:
+            return {}
         indexes, _, labels = batch
         losses, metrics = step.losses, {}
         if "feature" in losses:
@@ -200,8 +202,7 @@ class GrapAll4One(CompositeMethod, All4One):
             known = labels >= 0
             hits = known & (labels == self.queue_y[targets.nearest])
             metrics["train_nn_acc"] = hits.sum() / known.sum().clamp(min=1)
-        if targets.momentum:
-            self.dequeue_and_enqueue(outputs["momentum_z"][0], labels, indexes)
+        self.dequeue_and_enqueue(outputs["momentum_z"][0], labels, indexes)
         return metrics
 
     @torch.no_grad()

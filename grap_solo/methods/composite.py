@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from grap_solo.balance import HeldOut, SharedHead, Step, balance
 from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_cosine
 from grap_solo.distributed import mean_over_processes
-from grap_solo.errors import RunStopped
+from grap_solo.errors import ConfigError, RunStopped
 from grap_solo.methods.losses import Projections, Views, probe_loss
 from grap_solo.methods.probed import ProbedMethod
 from grap_solo.metrics import accuracy_at_k
@@ -31,7 +31,7 @@ from grap_solo.trajectory import TrajectoryRecorder
 from grap_solo.weighting import CAUSES, build_weighting
 
 POSITIVE = 1e-300
-"""The least of a number that must be above 0."""
+"""A lower bound that stands for "above 0"."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,20 @@ class Key:
 
     Attributes:
         kind: ``int``, ``float``, ``str`` or ``bool``.
-        least: the least that a number may be; :data:`POSITIVE` for one that must be above 0.
+        least: a number's lower bound; :data:`POSITIVE` if it must be above 0.
         default: its value where it is not given; without one it must be given.
+
+    Raises:
+        ConfigError: another ``kind``.
     """
 
     kind: type
     least: float | None = None
     default: Any = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in (int, float, str, bool):
+            raise ConfigError(f"method_keys: a key is an int, float, str or bool, not {self.kind}")
 
 
 class CompositeMethod(ProbedMethod, ABC):
@@ -86,7 +93,7 @@ class CompositeMethod(ProbedMethod, ABC):
     method_keys: ClassVar[Mapping[str, Key]] = {}
     """The keys of ``method_kwargs`` that this method reads."""
 
-    loss_metric: ClassVar[str] = "train_comb_loss"
+    loss_metric: ClassVar[str] = "train_loss"
     """What the reference-weighted sum of the terms is logged as."""
 
     term_metrics: ClassVar[Mapping[str, str]] = {}
@@ -121,11 +128,13 @@ class CompositeMethod(ProbedMethod, ABC):
         the embedding's dimension D; a ``self.projector`` is applied to each view's embedding."""
 
     def heads(self) -> dict[str, Sequence[nn.Module]]:
-        """The modules that belong to one term alone, by its name: not trained if it is left out."""
+        """The modules that a term uses behind the projector, by the term's name. A module is not
+        trained if every term that uses it is left out."""
         return {}
 
     def make_targets(self, outputs: Mapping[str, Any]) -> Any:
-        """What the terms compare with; called without gradient.
+        """What the terms compare with; called without gradient, and not at all where every term is
+        left out: the targets are None then.
 
         Args:
             outputs: ``feats``, and of a method with a momentum network ``momentum_feats`` and
@@ -137,7 +146,7 @@ class CompositeMethod(ProbedMethod, ABC):
         self, step: Step, outputs: Mapping[str, Any], targets: Any, batch: Sequence[Any]
     ) -> dict[str, Tensor]:
         """Updates what the method keeps, such as a queue, and returns its own metrics, each shape
-        (). Called without gradient, before the backward pass.
+        (). Called without gradient, before the backward pass, unless the step is skipped.
 
         Args:
             step: what :func:`~grap_solo.balance.balance` made of the terms.
@@ -173,8 +182,13 @@ class CompositeMethod(ProbedMethod, ABC):
         self.shared = SharedHead(self.weighting.terms) if shares else None
         self.projectors = nn.ModuleDict()
         if self.separate:
+            if self._own_projector is None:
+                raise ConfigError(
+                    f"method_kwargs.separate_projectors: {cfg.method} has no projector: leave the "
+                    "key out"
+                )
             for term in self.weighting.terms[1:]:
-                self.projectors[term] = _fresh_copy(self.get_submodule("projector"))
+                self.projectors[term] = _fresh_copy(self._own_projector)
         self._freeze_what_no_term_uses()
         if self.cfg.performance.compile:  # In their place: state dicts keep their names.
             for name in ("backbone", "momentum_backbone", "momentum_projector"):
@@ -189,17 +203,24 @@ class CompositeMethod(ProbedMethod, ABC):
         self.diagnostics: dict[str, Tensor] = {}
         self._last_batch: tuple[Views, Any] | None = None
 
+    @property
+    def _own_projector(self) -> nn.Module | None:
+        """``self.projector``; None of a method without one."""
+        return getattr(self, "projector", None)
+
     def _freeze_what_no_term_uses(self) -> None:
         """A head without a term gets no gradient: neither DDP nor the optimiser waits for one."""
         active, heads = self.weighting.active, self.heads()
-        for term in self.weighting.terms:
-            own = [self.projectors[term]] if term in self.projectors else []
-            if term not in active:
-                for module in [*heads.get(term, []), *own]:
-                    module.requires_grad_(False)
+        modules = {each for listed in heads.values() for each in listed}
+        used = {each for term in active for each in heads.get(term, ())}
+        unused = [*(modules - used), *(p for t, p in self.projectors.items() if t not in active)]
         first = self.weighting.terms[0]
-        if hasattr(self, "projector") and (not active or (self.separate and first not in active)):
-            self.projector.requires_grad_(False)
+        if self._own_projector is not None and not (
+            first in active or (active and not self.separate)
+        ):
+            unused.append(self._own_projector)
+        for each in unused:
+            each.requires_grad_(False)
 
     @classmethod
     def all_keys(cls) -> dict[str, Key]:
@@ -262,7 +283,7 @@ class CompositeMethod(ProbedMethod, ABC):
         base: Any = BaseMomentumMethod if momentum else BaseMethod
         outputs: dict[str, Any] = base.training_step(self, batch, batch_idx)
         with torch.no_grad():
-            targets = self.make_targets(outputs)
+            targets = self.make_targets(outputs) if self.weighting.active else None
         held_out = None if labelled is None else self._held_out(labelled[1])
 
         self.weighting.train(self.current_epoch >= self.weighting.warmup_epochs)
@@ -300,9 +321,8 @@ class CompositeMethod(ProbedMethod, ABC):
     def _project(self, embeddings: Views) -> dict[str, Views]:
         """Each active term's projections of both views, (B, proj_output_dim)."""
         active = self.weighting.active
-        common = embeddings
-        if hasattr(self, "projector") and any(term not in self.projectors for term in active):
-            projector: Any = self.projector
+        common, projector = embeddings, self._own_projector
+        if projector is not None and any(term not in self.projectors for term in active):
             common = [projector(each) for each in embeddings]
         views: dict[str, Views] = {}
         for term in active:
@@ -439,7 +459,7 @@ class CompositeMethod(ProbedMethod, ABC):
     def on_train_start(self) -> None:
         """Continues the momentum schedule where a checkpoint left it."""
         super().on_train_start()
-        # What is recorded of steps that are skipped before the first that is not; on the device.
+        # Recorded if the first steps are skipped: it must be on the device by then.
         self.effective_weights = self.weighting.reference
         self.last_step = self.trainer.global_step
         if self.last_step and isinstance(self, BaseMomentumMethod):
@@ -458,9 +478,13 @@ class _Terms(dict[str, Tensor]):
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Layers that normalise by their batch do so, as in training, but keep their running
-    statistics."""
-    norms: list[Any] = [each for each in module.modules() if hasattr(each, "running_mean")]
+    """Layers with ``running_mean`` and ``momentum``, such as batch-norms, normalise by their batch,
+    as in training, but keep their running statistics."""
+    norms: list[Any] = [
+        each
+        for each in module.modules()
+        if hasattr(each, "running_mean") and hasattr(each, "momentum")
+    ]
     momenta = [each.momentum for each in norms]
     for each in norms:
         each.momentum = 0.0
@@ -472,7 +496,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def _fresh_copy(module: nn.Module) -> nn.Module:
-    """The same architecture with an initialisation of its own."""
+    """The same architecture, initialised anew as far as its layers have ``reset_parameters``."""
     fresh = copy.deepcopy(module)
     for each in fresh.modules():
         reset: Any = getattr(each, "reset_parameters", None)

@@ -38,11 +38,13 @@ class ProjectedMethod(BaseMethod):
             ``proj_hidden_dim`` and ``proj_output_dim``.
     """
 
+    activation: type[nn.Module] = nn.ReLU
+
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         kwargs = self.cfg.method_kwargs
         hidden, out = kwargs.proj_hidden_dim, kwargs.proj_output_dim
-        self.projector = build_projector(self.features_dim, hidden, out)
+        self.projector = build_projector(self.features_dim, hidden, out, self.activation)
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:

@@ -10,16 +10,16 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from grap_solo.solo import prefer_solo_learn
-from grap_solo.solo.projected import ProjectedMethod, build_projector
+from grap_solo.solo.projected import ProjectedMethod
 
 
 class IterNorm(nn.Module):
     """Iterative normalisation (Huang et al. 2019, arXiv 1904.03441, Alg. 1): whitens each group of
     features by Newton's iteration for the inverse square root of their covariance.
 
-    Parameter and buffer names, groups and numbers are those of solo-learn's ``IterNorm``. Its own
-    backward changes what it has saved, so that a second one is refused; here it is autograd's, and
-    the K inner gradients can pass.
+    Parameter and buffer names, groups and numbers are those of solo-learn's ``IterNorm``.
+    solo-learn's has a backward pass that changes its saved tensors, so that autograd refuses a
+    second one; through this one all K inner gradients can pass.
 
     Args:
         features: the number of features, D.
@@ -89,9 +89,10 @@ class VIbCReg(ProjectedMethod):
             says whether the projections are whitened.
     """
 
+    activation = nn.GELU
+
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         kwargs = self.cfg.method_kwargs
-        hidden, out = kwargs.proj_hidden_dim, kwargs.proj_output_dim
-        last = IterNorm(out) if kwargs.iternorm else nn.Identity()
-        self.projector = build_projector(self.features_dim, hidden, out, nn.GELU).append(last)
+        last = IterNorm(kwargs.proj_output_dim) if kwargs.iternorm else nn.Identity()
+        self.projector.append(last)
