@@ -155,6 +155,10 @@ class Killed(Exception):
         ("famo", "on_train_epoch_end"),
         ("grap_held_out", "on_validation_end"),
         ("grap_held_out", "on_train_batch_end"),
+        ("vicreg", "on_train_batch_end"),
+        ("vibcreg", "on_train_batch_end"),
+        ("barlow_twins", "on_train_batch_end"),
+        ("a method of one's own", "on_train_batch_end"),
         pytest.param(
             "compiled",
             "on_train_batch_end",
@@ -163,7 +167,8 @@ class Killed(Exception):
     ],
 )
 def test_every_state_comes_back(weighting, moment, tmp_path):
-    """Stopped without warning at an epoch's moments, with the rules that remember most."""
+    """Stopped without warning at an epoch's moments, with the rules that remember most and with
+    every method."""
     from lightning.pytorch import Callback
 
     keys = {
@@ -174,8 +179,9 @@ def test_every_state_comes_back(weighting, moment, tmp_path):
              "optimizer.batch_size=32", "data.num_workers=1"], "grap",
         ),
         "compiled": (["+performance.compile=true", "+limit_val_batches=1"], "grap"),
+        "a method of one's own": (["method=lejepa:LeJEPA"], "grap_vicreg"),
     }  # fmt: skip
-    overrides, file = keys[weighting]
+    overrides, file = keys.get(weighting, ([], f"grap_{weighting}"))
     overrides = [*overrides, "max_epochs=3", "+enable_progress_bar=false"]
 
     class Stop(Callback):

@@ -127,6 +127,33 @@ def test_main_pretrain_trains_grap_and_main_linear_loads_it(images, tmp_path):
 
 
 @pytest.mark.solo_learn
+@pytest.mark.parametrize(
+    ("file", "method", "terms"),
+    [
+        ("vicreg", "grap_vicreg", ["invariance", "variance", "covariance"]),
+        ("vibcreg", "grap_vibcreg", ["invariance", "variance", "covariance"]),
+        ("barlow", "grap_barlow_twins", ["on_diagonal", "off_diagonal"]),
+        ("vicreg", "lejepa:LeJEPA", ["invariance", "sigreg"]),
+    ],
+)
+def test_main_pretrain_trains_every_method(file, method, terms, images, tmp_path):
+    root, crops = solo_learn_root(), 2 if file == "barlow" else 1
+    small = [each for each in SMALL if "queue" not in each and "pred_" not in each]
+    small = [each for each in small if not each.startswith("augmentations.1") or crops == 2]
+    run(
+        ["-m", "grap_solo.cli", "run", root / "main_pretrain.py",
+         "--config-path", root / "scripts/pretrain/cifar", "--config-name", f"{file}.yaml",
+         *small, f"data.train_path={images / 'train'}", f"data.val_path={images / 'val'}",
+         f"method={method}", "++weighting={name: grap}", "name=plugin", "max_epochs=1"],
+        tmp_path,
+        path=[root, Path(__file__).parent],
+    )  # fmt: skip
+    (checkpoint,) = (tmp_path / "trained_models" / method).rglob("*.ckpt")
+    found, steps, weights = read_weights(checkpoint.parent / "weights.csv")
+    assert found == terms and len(steps) == 3 and weights[-1].min() != weights[-1].max()
+
+
+@pytest.mark.solo_learn
 def test_solo_learns_own_file_runs_with_our_command(images, tmp_path):
     """Its wandb is on and cannot be reached here; its strategy, precision and devices are GPU's."""
     config = solo_learn_root() / "scripts/pretrain/cifar"
