@@ -1,25 +1,20 @@
 """What holds for every composite method: its step, its labels, its files, two processes."""
 
-import csv
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import yaml
 from conftest import METHOD_KWARGS, image_batch, method_config, method_over
 from omegaconf import OmegaConf
 from test_run import DIGITS, SMALL
 
 from grap_solo import ConfigError
-from grap_solo.cli import main
 from grap_solo.compare import plan
 from grap_solo.compose import compose
 from grap_solo.config import prepare
@@ -42,8 +37,6 @@ from grap_solo.methods.losses import (
 )
 from grap_solo.solo import BaseMomentumMethod
 from grap_solo.solo.vibcreg import IterNorm
-from grap_solo.train import pretrain
-from grap_solo.trajectory import read_weights
 from grap_solo.weighting import WEIGHTINGS
 
 TESTS = Path(__file__).parent
@@ -378,80 +371,12 @@ def test_two_processes_equal_one_on_the_joined_batch(name, both):
     assert compared >= 2
 
 
-SCRIPT = """
-import json, sys, torch
-import torch.distributed as dist
-from pathlib import Path
-from grap_solo.compose import compose
-from grap_solo.train import pretrain
-
-file, directory, *overrides = sys.argv[1:]
-run = pretrain(compose(Path(file), overrides))
-same = []
-for value in [*run.model.parameters(), *run.model.weighting.state_dict().values()]:
-    parts = [torch.empty_like(value) for _ in range(2)]
-    dist.all_gather(parts, value.detach().contiguous())
-    same.append(torch.equal(*parts))
-Path(directory, f"{dist.get_rank()}.json").write_text(json.dumps(all(same)))
-"""
-
-
-@pytest.mark.parametrize("name", ["grap_vicreg", "grap_vibcreg", "grap_barlow_twins"])
-def test_it_trains_in_two_processes_which_stay_the_same(name, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    overrides = ["+data.fraction=0.2", "max_epochs=1", "devices=2", "+strategy=ddp", "name=run",
-                 "optimizer.batch_size=31", f"checkpoint.dir={tmp_path}",
-                 "+enable_progress_bar=false"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--master-port", str(32500 + os.getpid() % 1000), script, DIGITS / f"{name}.yaml",
-         tmp_path, *overrides],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert {(tmp_path / f"{rank}.json").read_text() for rank in (0, 1)} == {"true"}
-    _, steps, weights = read_weights(tmp_path / "run" / "weights.csv")
-    assert len(steps) == 251 // 62 and np.ptp(weights, axis=0).max() > 0
-
-
-# ---- whole runs ---------------------------------------------------------------------------------
-
-
 def digits(name, directory, *overrides):
     """A method's digits configuration, small; the GraP one of a method of one's own is VICReg's."""
     file = "grap_vicreg" if name == OWN else "grap" if name == "all4one" else f"grap_{name}"
     own = [f"method={OWN}"] if name == OWN else []
     quiet = ["+enable_progress_bar=false", "name=run", f"checkpoint.dir={directory}"]
     return compose(DIGITS / f"{file}.yaml", [*SMALL, *quiet, *own, *overrides])
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "all4one"])
-def test_labels_diagnostics_batched_views_and_precision_work_with_it(name, tmp_path):
-    changes = ["+labels={split: held_out, fraction: 0.4}", "optimizer.batch_size=32",
-               "data.batched=true", "precision=bf16-mixed", "log_every_n_steps=1"]  # fmt: skip
-    run = pretrain(digits(name, tmp_path, *changes))
-    terms, steps, weights = read_weights(run.directory / "weights.csv")
-    assert tuple(terms) == run.model.weighting.terms and np.isfinite(weights).all()
-    assert np.ptp(weights, axis=0).min() > 0 and run.accuracy > 0
-    metrics = list(csv.DictReader((run.directory / "metrics.csv").open()))
-    logged = {key.removesuffix("_step") for key in metrics[0]}
-    assert {f"train_{term}_loss" for term in terms} < logged
-    assert {run.model.loss_metric, "train_z_std", "train_labelled_acc1", "alignment"} < logged
-    written = yaml.safe_load((run.directory / "terms.yaml").read_text())
-    assert written["weighting"] == "grap" and list(written["reference_weights"]) == terms
-    assert written["method"] == (OWN if name == OWN else f"grap_{name}")
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "all4one"])
-def test_parameter_space_and_clipping_and_accumulation_work_with_it(name, tmp_path):
-    changes = ["+diagnostics.parameter_space_every=2", "+accumulate_grad_batches=2",
-               "+gradient_clip_val=0.5"]  # fmt: skip
-    run = pretrain(digits(name, tmp_path, *changes))
-    rows = list(csv.DictReader((run.directory / "diagnostics.csv").open()))
-    measured = [float(row["parameter_space"]) for row in rows]
-    assert np.isfinite(measured).any() and {row["skipped"] for row in rows} == {""}
 
 
 # ---- a method of one's own ----------------------------------------------------------------------
@@ -469,21 +394,6 @@ def test_lejepas_statistic_is_epps_and_pulleys():
     t = torch.linspace(-5, 5, 2001)
     exact = torch.trapezoid((1 - (-t.square() / 2).exp()).square() * (-t.square()).exp(), t)
     assert far == pytest.approx(exact.item(), rel=1e-3)
-
-
-def test_it_is_compared_and_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(TESTS)
-    flags = ["compare", "--config-path", str(DIGITS), "--config-name", "vicreg", *SMALL,
-             "methods=[fixed,grap,grap_tuned]", "seeds=[1]", "name=own", f"method={OWN}",
-             f"checkpoint.dir={tmp_path}"]  # fmt: skip
-    assert main(flags) == 0
-    table = list(csv.DictReader((tmp_path / "own" / "summary.csv").open()))
-    assert [row["method"] for row in table] == ["fixed", "grap", "grap_tuned"]
-    assert all(row["failed"] == "0" and float(row["linear_mean"]) > 10 for row in table)
-    assert float(table[0]["weight/sigreg"]) == pytest.approx(0.05)
-    page = (tmp_path / "own" / "report.html").read_text()
-    assert "sigreg" in page and "dashed, the method&#39;s reference weights" in page
-    assert re.search(r"own-seed1|grap-seed1", page)
 
 
 OWN_CLASS = """
