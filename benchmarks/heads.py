@@ -1,6 +1,6 @@
-"""What a step of All4One costs beside the backbone: heads, queue, probe, optimiser, momentum.
+"""A step's cost beside the backbone: heads, queue, probe, optimiser, momentum.
 
-    python benchmarks/heads.py [fixed grap solo_learn] [--batch 64] [--rounds 40]
+    python benchmarks/heads.py [fixed grap solo_learn] [--method all4one] [--batch 64] [--rounds 40]
 
 The contenders of ``bench step``, whose backbones are a table of embeddings here. They take turns in
 one process: milliseconds of a step, of the optimiser alone and of the momentum update alone
@@ -34,11 +34,12 @@ class Table(nn.Module):
         return self.embeddings + images.mean()
 
 
-def without_backbone(name: str, batch: int) -> Contender:
-    mine = contender(name, "all4one", batch, "cpu", "32-true")
+def without_backbone(name: str, method: str, batch: int) -> Contender:
+    mine = contender(name, method, batch, "cpu", "32-true")
     features = mine.model.features_dim
     mine.model.backbone = Table(batch, features)
-    mine.model.momentum_backbone = Table(batch, features).requires_grad_(False)
+    if hasattr(mine.model, "momentum_backbone"):
+        mine.model.momentum_backbone = Table(batch, features).requires_grad_(False)
     mine.optimizer = mine.model.configure_optimizers()
     return mine
 
@@ -61,10 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     there = ["fixed", "grap", *(["solo_learn"] if BASE == "solo-learn" else [])]
     parser.add_argument("contenders", nargs="*", default=there)
+    parser.add_argument("--method", default="all4one")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=40)
     given = parser.parse_args()
-    made = {name: without_backbone(name, given.batch) for name in given.contenders}
+    made = {name: without_backbone(name, given.method, given.batch) for name in given.contenders}
     parts: dict[str, Callable[[Contender], float]] = {
         "step": Contender.seconds,
         "optimiser": partial(timed, optimiser),

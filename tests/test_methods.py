@@ -1,4 +1,4 @@
-"""What holds for every composite method: its step, its labels, its files, two processes."""
+"""Every composite method: its step, its labels, its terms, two processes, its name."""
 
 import os
 import re
@@ -72,7 +72,7 @@ def doubled(seed=0, batch=8):
 
 
 def outputs_of(model, views):
-    """What the base makes of both views, as ``make_targets`` takes it."""
+    """Both views' embeddings and momentum outputs, as ``make_targets`` takes them."""
     outputs = {"feats": [model.multicrop_forward(each)["feats"] for each in views]}
     if hasattr(model, "momentum_forward"):
         momentum = [model.momentum_forward(each) for each in views]

@@ -1,4 +1,4 @@
-"""What one training step of any composite method does, whatever its terms are.
+"""One training step of a composite method, whatever its terms are.
 
 A method's own file holds its terms and nothing else: see :class:`CompositeMethod`.
 """
@@ -94,10 +94,10 @@ class CompositeMethod(ProbedMethod, ABC):
     """The keys of ``method_kwargs`` that this method reads."""
 
     loss_metric: ClassVar[str] = "train_loss"
-    """What the reference-weighted sum of the terms is logged as."""
+    """The name under which the reference-weighted sum of the terms is logged."""
 
     term_metrics: ClassVar[Mapping[str, str]] = {}
-    """What a term is logged as, where that is not ``train_<term>_loss``."""
+    """The names under which terms are logged, if not ``train_<term>_loss``."""
 
     # ---- what a method gives ------------------------------------------------------------------
 
@@ -133,8 +133,8 @@ class CompositeMethod(ProbedMethod, ABC):
         return {}
 
     def make_targets(self, outputs: Mapping[str, Any]) -> Any:
-        """What the terms compare with; called without gradient, and not at all where every term is
-        left out: the targets are None then.
+        """Returns the tensors that the terms compare with. Called without gradient. If every term is
+        left out it is not called, and the targets are None.
 
         Args:
             outputs: ``feats``, and of a method with a momentum network ``momentum_feats`` and
@@ -376,7 +376,7 @@ class CompositeMethod(ProbedMethod, ABC):
         return False
 
     def _diagnose(self, step: Step, feats: Views, held_out: HeldOut | None) -> None:
-        """What the gradients say about each other, for whoever records it."""
+        """Keeps the cosines and norms of the step's gradients for the recorder."""
         found = diagnose(step)
         if found is None:
             return

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig
 from torch import Tensor
 
 from grap_solo.methods.composite import CompositeMethod, Key
 from grap_solo.methods.losses import Projections, normalized_covariance, vicreg_terms
+from grap_solo.methods.vicreg import GrapVICReg
 from grap_solo.solo.vibcreg import IterNorm, VIbCReg
 
 
@@ -29,30 +29,18 @@ class GrapVIbCReg(CompositeMethod, VIbCReg):
     """
 
     method_keys = {
-        "proj_hidden_dim": Key(int, 1),
-        "proj_output_dim": Key(int, 1),
-        "sim_loss_weight": Key(float, 0, 25.0),
-        "var_loss_weight": Key(float, 0, 25.0),
+        **GrapVICReg.method_keys,
         "cov_loss_weight": Key(float, 0, 200.0),
         "iternorm": Key(bool, default=False),
     }
     loss_metric = "train_vibcreg_loss"
+    reference_weights = staticmethod(GrapVICReg.reference_weights)
 
     def build_networks(self) -> None:
         """Puts our iterative normalisation in the place of solo-learn's, of the same state: only
         one gradient can pass theirs."""
         if self.cfg.method_kwargs.iternorm:
             self.projector[-1] = IterNorm(self.cfg.method_kwargs.proj_output_dim)
-
-    @staticmethod
-    def reference_weights(cfg: DictConfig) -> dict[str, float]:
-        """solo-learn's three weights."""
-        kwargs = cfg.method_kwargs
-        return {
-            "invariance": kwargs.sim_loss_weight,
-            "variance": kwargs.var_loss_weight,
-            "covariance": kwargs.cov_loss_weight,
-        }
 
     def compute_terms(self, projections: Projections, targets: Any) -> dict[str, Tensor]:
         return vicreg_terms(projections, normalized_covariance)
