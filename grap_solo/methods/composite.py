@@ -133,8 +133,8 @@ class CompositeMethod(ProbedMethod, ABC):
         return {}
 
     def make_targets(self, outputs: Mapping[str, Any]) -> Any:
-        """Returns the tensors that the terms compare with. Called without gradient. If every term is
-        left out it is not called, and the targets are None.
+        """Returns the tensors that the terms compare with. Called without gradient, unless every
+        term is left out: the targets are None then.
 
         Args:
             outputs: ``feats``, and of a method with a momentum network ``momentum_feats`` and
