@@ -3,9 +3,8 @@
     python scripts/recordings.py before.json               # at one commit
     python scripts/recordings.py after.json before.json    # at another: exit code 1 if they differ
 
-Each method is trained for two epochs on the digits with its reference weights and with GraP. With
-solo-learn's main branch on PYTHONPATH the same runs stand on solo-learn's base classes, and stop
-after 20 steps.
+Every file of configs/digits is trained for two epochs. With solo-learn's main branch on PYTHONPATH
+the same runs stand on solo-learn's base classes, and stop after 20 steps.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from grap_solo.solo import BASE
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "digits"
 FILES = ("weights.csv", "metrics.csv", "median_weights.yaml")
-RUNS = {"all4one": "all4one", "grap_all4one": "grap"}
 
 
 def digest(content: bytes) -> str:
@@ -37,7 +35,6 @@ def record(file: str, directory: Path) -> dict[str, str]:
     changes = ["max_epochs=2", "+enable_progress_bar=false", "name=run"]
     changes += [f"checkpoint.dir={directory}", "log_every_n_steps=1"]
     if BASE == "solo-learn":
-        # solo-learn's base builds a resnet18 and timm's models, not each by the same name.
         changes += ["+max_steps=20"]
     command = ["-m", "grap_solo.cli", "pretrain", "--config-path", CONFIGS, "--config-name", file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -62,18 +59,18 @@ def main() -> int:
     parser.add_argument("other", type=Path, nargs="?")
     given = parser.parse_args()
     found = {"base": {"base": BASE}}
-    for method, file in RUNS.items():
+    for file in sorted(CONFIGS.glob("*.yaml")):
         with TemporaryDirectory() as directory:
-            found[method] = record(file, Path(directory))
+            found[file.stem] = record(file.stem, Path(directory))
     given.output.write_text(json.dumps(found, indent=1) + "\n")
     if given.other is None:
         return 0
     other = json.loads(given.other.read_text())
     differing = [
-        f"{method}: {name}"
-        for method in other
-        for name in {**other[method], **found.get(method, {})}
-        if other[method].get(name) != found.get(method, {}).get(name)
+        f"{file}: {name}"
+        for file in other
+        for name in {**other[file], **found.get(file, {})}
+        if other[file].get(name) != found.get(file, {}).get(name)
     ]
     print("\n".join(differing) or f"{len(other)} runs: every file and tensor is the same")
     return bool(differing)
