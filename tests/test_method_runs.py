@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -40,6 +41,17 @@ def test_labels_diagnostics_batched_views_and_precision_work_with_it(name, tmp_p
     written = yaml.safe_load((run.directory / "terms.yaml").read_text())
     assert written["weighting"] == "grap" and list(written["reference_weights"]) == terms
     assert written["method"] == (OWN if name == OWN else f"grap_{name}")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_its_backbone_is_compiled_where_it_has_no_momentum_network(tmp_path):
+    changes = ["+performance.compile=true", "max_epochs=1", "+limit_train_batches=2",
+               "+limit_val_batches=1"]  # fmt: skip
+    run = pretrain(digits("vicreg", tmp_path, *changes))
+    assert run.model.backbone._compiled_call_impl is not None
+    assert run.model.projector._compiled_call_impl is None
+    _, _, weights = read_weights(run.directory / "weights.csv")
+    assert np.isfinite(weights).all() and len(weights) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "all4one"])
