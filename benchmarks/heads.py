@@ -18,9 +18,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from grap_solo.bench import Contender, contender, in_turns
+from grap_solo.experiments.bench import Contender, contender, in_turns
+from grap_solo.report.tables import markdown
 from grap_solo.solo import BASE
-from grap_solo.summary import markdown
 
 
 class Table(nn.Module):

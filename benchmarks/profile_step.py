@@ -14,7 +14,7 @@ import argparse
 
 from torch.profiler import ProfilerActivity, profile
 
-from grap_solo.bench import contender, count_operators
+from grap_solo.experiments.bench import contender, count_operators
 
 
 def main() -> None:

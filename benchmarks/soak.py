@@ -21,8 +21,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 
-from grap_solo.summary import markdown
-from grap_solo.train import pretrain
+from grap_solo.report.tables import markdown
+from grap_solo.training.run import pretrain
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "digits"
 COLUMNS = ("memory, MiB", "workers, MiB", "file descriptors", "threads", "folder, MiB")

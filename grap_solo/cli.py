@@ -138,7 +138,7 @@ def _train(cfg: DictConfig) -> Exception | None:
     from omegaconf.errors import OmegaConfBaseException
 
     from grap_solo.errors import ConfigError, RunStopped
-    from grap_solo.train import pretrain
+    from grap_solo.training.run import pretrain
 
     # hydra ends a process that failed well, and the others of its job would wait for it.
     one_of_many = int(os.environ.get("SLURM_NTASKS", 1)) > 1
@@ -161,7 +161,7 @@ def _train(cfg: DictConfig) -> Exception | None:
 
 
 def _retrain(arguments: list[str]) -> None:
-    from grap_solo.retrain import retrain
+    from grap_solo.experiments.retrain import retrain
 
     parser = _Parser(prog="retrain")
     parser.add_argument("arguments", nargs="*")
@@ -177,7 +177,7 @@ def _retrain(arguments: list[str]) -> None:
 
 def _finetune(arguments: list[str]) -> None:
     from grap_solo.errors import ConfigError
-    from grap_solo.retrain import finetune
+    from grap_solo.experiments.retrain import finetune
 
     runs, overrides = _runs_and_overrides("finetune", arguments)
     if len(runs) > 1:
@@ -186,8 +186,8 @@ def _finetune(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    from grap_solo.compare import compare, read_grid
     from grap_solo.errors import ConfigError
+    from grap_solo.experiments.compare import compare, read_grid
 
     given, overrides = _parse_overrides(_config_parser("compare"), arguments)
     cfg, grid = read_grid(
@@ -204,7 +204,7 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _search(arguments: list[str]) -> None:
-    from grap_solo.search import search
+    from grap_solo.experiments.search import search
 
     parser = _config_parser("search")
     parser.add_argument("directory", type=Path)
@@ -218,7 +218,7 @@ def _search(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    from grap_solo.report import report
+    from grap_solo.report.page import report
 
     parser = _Parser(prog="report")
     parser.add_argument("folders", nargs="+", type=Path)
@@ -228,8 +228,8 @@ def _report(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    from grap_solo.bench import PRECISIONS, bench_step, bench_terms, table_of_ratios
-    from grap_solo.files import write_json
+    from grap_solo.experiments.bench import PRECISIONS, bench_step, bench_terms, table_of_ratios
+    from grap_solo.records.files import write_json
 
     parser = _Parser(prog="bench")
     parser.add_argument("what", choices=("step", "terms"))
@@ -313,8 +313,8 @@ def _loader(overrides: list[str]) -> Callable[[Path], DictConfig]:
 
 
 def _demo(arguments: list[str]) -> None:
-    from grap_solo.demo import demo
     from grap_solo.errors import ConfigError
+    from grap_solo.experiments.demo import demo
 
     if arguments:
         raise ConfigError(f"demo: takes no arguments, got '{arguments[0]}'")

@@ -27,9 +27,9 @@ from hydra import compose, initialize_config_dir
 from IPython.display import Image, display
 
 from grap_solo.data import evaluation_loader, load_images
-from grap_solo.evaluate import evaluate
-from grap_solo.retrain import retrain
-from grap_solo.train import pretrain
+from grap_solo.evaluation.offline import evaluate
+from grap_solo.experiments.retrain import retrain
+from grap_solo.training.run import pretrain
 
 EPOCHS = int(os.environ.get("EPOCHS", 10))
 FOLDERS = (Path.cwd(), *Path.cwd().parents)

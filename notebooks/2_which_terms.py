@@ -24,9 +24,9 @@ import pandas as pd
 from hydra import compose, initialize_config_dir
 from IPython.display import Image, display
 
-from grap_solo.compare import compare
-from grap_solo.report import report
-from grap_solo.train import pretrain
+from grap_solo.experiments.compare import compare
+from grap_solo.report.page import report
+from grap_solo.training.run import pretrain
 
 EPOCHS = int(os.environ.get("EPOCHS", 8))
 FOLDERS = (Path.cwd(), *Path.cwd().parents)

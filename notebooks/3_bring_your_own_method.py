@@ -210,7 +210,7 @@ class LeJEPA(CompositeMethod):
 # %%
 from IPython.display import Image, Markdown, display
 
-from grap_solo.compare import compare
+from grap_solo.experiments.compare import compare
 from grap_solo.compose import CONFIGS, compose
 
 os.chdir(tempfile.mkdtemp())  # The runs go here; use a folder of your own to keep them.

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Polygon
 from torch import Tensor
 
-from grap_solo.plots import COLORS
+from grap_solo.report.plots import COLORS
 from grap_solo.weighting.base import Statistics
 from grap_solo.weighting.grap import NORMALIZATIONS, GraP, objective, objective_gradient
 

@@ -1,14 +1,10 @@
-"""What several test files share: small configurations, and the method over either base."""
+"""Threads for every test, and the mark of those that need solo-learn's main branch."""
 
 import importlib
 import os
-import sys
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-
-import grap_solo
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -28,105 +24,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "solo_learn" in item.keywords:
             item.add_marker(skip)
-
-
-def decided_modules():
-    """The modules that depend on which base was taken."""
-    below = ("grap_solo.solo", "grap_solo.methods")
-    return [name for name in sys.modules if name.startswith(below)]
-
-
-def method_over(base: str, monkeypatch, name="all4one", absent=()):
-    """A method's class over the ``own`` or ``solo_learn``'s base, whatever is installed.
-
-    Args:
-        base: which.
-        monkeypatch: pytest's.
-        name: of the method.
-        absent: further modules that cannot be imported.
-    """
-    with monkeypatch.context() as patch:
-        for each in ("methods", "solo"):  # An import sets them, and the context sets them back.
-            patch.setattr(grap_solo, each, getattr(grap_solo, each, None), raising=False)
-        if base == "solo_learn":  # Importing a fresh copy registers its methods there.
-            theirs = importlib.import_module("solo.methods").METHODS
-            patch.setattr("solo.methods.METHODS", dict(theirs))
-        for each in decided_modules():
-            patch.delitem(sys.modules, each)
-        for each in [*absent, *(["solo", "solo.methods.base"] if base == "own" else [])]:
-            patch.setitem(sys.modules, each, None)
-        methods = importlib.import_module("grap_solo.methods")
-        decided = sys.modules["grap_solo.solo"].BASE
-        # What the patch deleted comes back with its context, and the fresh copies go.
-        for each in decided_modules():
-            patch.setitem(sys.modules, each, sys.modules[each])
-    assert decided == {"own": "grap_solo", "solo_learn": "solo-learn"}[base]
-    return methods.METHODS[name]
-
-
-METHOD_KWARGS = {
-    "all4one": {
-        "temperature": 0.2,
-        "proj_hidden_dim": 32,
-        "proj_output_dim": 16,
-        "pred_hidden_dim": 24,
-        "queue_size": 40,
-    },
-    "vicreg": {"proj_hidden_dim": 32, "proj_output_dim": 16},
-    "vibcreg": {"proj_hidden_dim": 32, "proj_output_dim": 192, "iternorm": True},  # 64 groups of 3.
-    # Weights that float32 holds exactly: solo-learn's are Python's.
-    "barlow_twins": {
-        "proj_hidden_dim": 32,
-        "proj_output_dim": 16,
-        "scale_loss": 2**-3,
-        "lamb": 2**-8,
-    },
-}
-
-
-def all4one_config(**changes):
-    return method_config("all4one", **changes)
-
-
-def method_config(method, **changes):
-    """A method as ``parse_cfg`` leaves it, small: resnet18 on 8 images, a queue of 40."""
-    cfg = OmegaConf.create(
-        {
-            "name": "test",
-            "method": method,
-            "backbone": {"name": "resnet18", "kwargs": {}},
-            "method_kwargs": METHOD_KWARGS.get(method, {}),
-            "momentum": {"base_tau": 0.9, "final_tau": 1.0},
-            "data": {
-                "dataset": "cifar10",
-                "num_classes": 10,
-                "num_large_crops": 2,
-                "num_small_crops": 0,
-            },
-            "optimizer": {
-                "name": "lars",
-                "batch_size": 8,
-                "lr": 0.5,
-                "classifier_lr": 0.1,
-                "weight_decay": 1e-5,
-                "kwargs": {
-                    "momentum": 0.9,
-                    "clip_lr": True,
-                    "eta": 0.02,
-                    "exclude_bias_n_norm": True,
-                },
-            },
-            "scheduler": {"name": "warmup_cosine", "warmup_epochs": 1},
-            "max_epochs": 4,
-            "weighting": {"name": "fixed"},
-        }
-    )
-    return OmegaConf.merge(cfg, OmegaConf.create(changes))
-
-
-def image_batch(size=32, batch=8, seed=0, classes=10):
-    """``[indexes, [view1, view2], labels]`` of random images, (B, 3, size, size)."""
-    generator = torch.Generator().manual_seed(seed)
-    views = [torch.randn(batch, 3, size, size, generator=generator) for _ in range(2)]
-    labels = torch.randint(0, classes, (batch,), generator=generator)
-    return [torch.arange(batch) + batch * seed, views, labels]

@@ -165,7 +165,7 @@ from hydra import compose, initialize_config_dir
 from grap_solo.data import evaluation_loader, load_images
 from grap_solo.data.sampling import ShareSampler
 from grap_solo.methods import GrapAll4One
-from grap_solo.train import pretrain
+from grap_solo.training.run import pretrain
 
 configs, directory, *overrides = sys.argv[1:]
 with initialize_config_dir(configs, version_base="1.2"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grap_solo.data.datasets import Digits
-from grap_solo.trajectory import read_weights
+from grap_solo.records.trajectory import read_weights
 
 
 def solo_learn_root() -> Path:
@@ -190,7 +190,7 @@ def test_the_plugin_is_a_method_of_solo_learns_and_a_subclass_of_its_all4one():
 
 @pytest.mark.solo_learn
 def test_online_knn_works_on_solo_learns_base(monkeypatch):
-    from conftest import all4one_config, image_batch, method_over
+    from helpers import all4one_config, image_batch, method_over
 
     method = method_over("solo_learn", monkeypatch)
     model = method(all4one_config(knn_eval={"enabled": True, "k": 3}))

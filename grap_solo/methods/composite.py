@@ -22,12 +22,12 @@ from grap_solo.balance import HeldOut, SharedHead, Step, balance
 from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_cosine
 from grap_solo.distributed import mean_over_processes
 from grap_solo.errors import ConfigError, RunStopped
+from grap_solo.evaluation.online import accuracy_at_k
 from grap_solo.methods.losses import Projections, Views, probe_loss
 from grap_solo.methods.probed import ProbedMethod
-from grap_solo.metrics import accuracy_at_k
+from grap_solo.records.trajectory import TrajectoryRecorder
 from grap_solo.solo import BaseMethod, BaseMomentumMethod, register_backbone
 from grap_solo.solo.base import MomentumUpdater, lars
-from grap_solo.trajectory import TrajectoryRecorder
 from grap_solo.weighting import CAUSES, build_weighting
 
 POSITIVE = 1e-300

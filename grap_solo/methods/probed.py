@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from grap_solo.distributed import mean_over_processes
+from grap_solo.evaluation.online import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.methods.losses import probe_loss
-from grap_solo.metrics import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.solo import BaseMethod, BaseMomentumMethod
 
 

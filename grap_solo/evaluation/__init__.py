@@ -1,0 +1,1 @@
+"""Metrics of a backbone: online, while it trains, and offline, of its frozen embeddings."""

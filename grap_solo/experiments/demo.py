@@ -1,0 +1,130 @@
+"""The demonstration: default, GraP and GraP tuned on scikit-learn's digits, in one table."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig
+
+from grap_solo.compose import CONFIGS, compose
+from grap_solo.data import evaluation_loader, load_images
+from grap_solo.errors import ConfigError
+from grap_solo.evaluation.offline import Evaluation, evaluate
+from grap_solo.experiments.retrain import retrain
+from grap_solo.methods import CompositeMethod, find_method
+from grap_solo.records.trajectory import MEDIAN_FILE, median_weights
+from grap_solo.report.tables import markdown
+from grap_solo.training.run import Run, pretrain
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the table; accuracies in percent, None where there is none.
+
+    Attributes:
+        method: its name.
+        online: top-1 of the online probe after the last epoch.
+        offline: top-1 of the offline evaluations.
+        weights: the constant weight of each term, or the median of those learned.
+    """
+
+    method: str
+    online: float | None
+    offline: Evaluation
+    weights: dict[str, float] | None
+
+    def cells(self) -> list[str]:
+        """The row as text, in the order of :data:`HEADER` and the terms behind it."""
+        online = "-" if self.online is None else f"{self.online:.2f}"
+        weights = ["-"] * len(TERMS)
+        if self.weights is not None:
+            weights = [f"{self.weights[term]:.2f}" for term in TERMS]
+        return [
+            self.method,
+            online,
+            f"{self.offline.linear:.2f}",
+            f"{self.offline.knn:.2f}",
+            *weights,
+        ]
+
+
+HEADER = ("method", "online probe", "linear probe", "k-NN")
+TERMS = ("nnclr", "attn_nnclr", "byol", "barlow")
+
+
+def demo(directory: Path, overrides: Sequence[str] = ()) -> list[Row]:
+    """Trains the three methods and writes ``summary.md`` and ``summary.csv`` beside their runs.
+
+    Args:
+        directory: where the runs go. One that is there already is moved aside.
+        overrides: hydra overrides for all three, such as ``max_epochs=2``.
+
+    Raises:
+        ConfigError: the package was installed without its ``configs`` folder.
+    """
+    if not CONFIGS.is_dir():
+        raise ConfigError(f"{CONFIGS}: no such folder: run the demo from a clone of the repository")
+    if directory.exists():
+        aside = next(
+            path
+            for n in range(1, 10_000)
+            if not (path := directory.with_name(f"{directory.name}.{n}")).exists()
+        )
+        directory.rename(aside)
+        print(f"{directory} was there already: moved to {aside}")
+
+    def configuration(file: str, name: str) -> DictConfig:
+        changes = [*overrides, f"name={name}", f"checkpoint.dir={directory}"]
+        return compose(CONFIGS / "digits" / f"{file}.yaml", changes)
+
+    start = time.monotonic()
+    default = pretrain(configuration("all4one", "default"))
+    grap = pretrain(configuration("grap", "grap"))
+    tuned = retrain([grap.directory], lambda _: configuration("grap", "grap_tuned"))
+    seconds = time.monotonic() - start
+
+    rows = [Row("untrained", None, _evaluate_untrained(default), None)]
+    rows += [_row("default", default), _row("grap", grap), _row("grap_tuned", tuned)]
+    _write_summary(rows, directory, seconds, default)
+    return rows
+
+
+def _evaluate(run: Run, model: CompositeMethod) -> Evaluation:
+    train, validation = (load_images(run.cfg.data, train=part) for part in (True, False))
+    return evaluate(
+        model.backbone,
+        evaluation_loader(run.cfg, train),
+        evaluation_loader(run.cfg, validation),
+    )
+
+
+def _evaluate_untrained(run: Run) -> Evaluation:
+    """The backbone as ``run`` started with it."""
+    pl.seed_everything(run.cfg.seed, verbose=False)
+    return _evaluate(run, find_method(run.cfg.method)(run.cfg))
+
+
+def _row(method: str, run: Run) -> Row:
+    weights = median_weights(run.directory / "weights.csv", run.model.weighting.warmup_epochs)
+    return Row(method, run.accuracy, _evaluate(run, run.model), weights)
+
+
+def _write_summary(rows: Sequence[Row], directory: Path, seconds: float, run: Run) -> None:
+    cells = [[*HEADER, *TERMS], *(row.cells() for row in rows)]
+    with (directory / "summary.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(cells)
+    table = markdown(cells)
+    notes = (
+        f"Top-1 on digits' validation images in percent (one seed, {run.cfg.seed}; "
+        f"{run.cfg.max_epochs} epochs). The weights are All4One's own, the median of those that "
+        f"GraP learned, and that median held constant. Training took {seconds:.0f} s."
+    )
+    (directory / "summary.md").write_text(f"{table}\n\n{notes}\n")
+    files = ("summary.md", "summary.csv", "grap/weights.png", f"grap/{MEDIAN_FILE}")
+    print(f"\n{table}\n\n{notes}\n")
+    print("files:", ", ".join(str(directory / file) for file in files))

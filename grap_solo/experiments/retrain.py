@@ -1,0 +1,100 @@
+"""Runs that start from other runs: from their median weights, or from their backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from grap_solo.errors import ConfigError
+from grap_solo.methods import weighted_name
+from grap_solo.records.files import CONFIG_FILE
+from grap_solo.records.trajectory import WEIGHTS_FILE, pooled_weights
+from grap_solo.training.run import Run, pretrain
+
+WARMUP = "weighting.warmup_epochs"
+
+
+def retrain(
+    parents: Sequence[Path],
+    load: Callable[[Path], DictConfig],
+    epochs: tuple[int, int] | None = None,
+    last: int | None = None,
+) -> Run:
+    """Trains again with the median weights that runs have found ("tuned", paper 4.2).
+
+    The new run goes beside the first one, with ``_tuned`` behind its name, unless the command line
+    gives it another ``name`` or ``checkpoint.dir``. Its ``config.yaml`` is complete: the weights,
+    and ``tuned_from``, which says what they come from.
+
+    Args:
+        parents: the runs' directories; the first one's configuration is trained.
+        load: composes a configuration file, with what the command line changes in it.
+        epochs: see :func:`~grap_solo.records.trajectory.pooled_weights`.
+        last: see :func:`~grap_solo.records.trajectory.pooled_weights`.
+
+    Raises:
+        ConfigError: not a run's directory, or what :func:`pretrain` refuses.
+    """
+    cfg = _child(parents[0], load, "tuned")
+    warmup = [OmegaConf.select(_read_config(each), WARMUP, default=0) for each in parents]
+    weights = pooled_weights([each / WEIGHTS_FILE for each in parents], warmup, epochs, last)
+    cfg.method = weighted_name(cfg.method)
+    cfg.weighting = {"name": "fixed", "weights": weights}
+    cfg.tuned_from = {"runs": [str(each) for each in parents], "epochs": epochs, "last": last}
+    return pretrain(cfg)
+
+
+def finetune(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
+    """Trains a run's backbone on with the labels, end to end ("Tuned", paper Table 6).
+
+    The new run goes beside the old one, with ``_finetuned`` behind its name, as in
+    :func:`retrain`.
+
+    Args:
+        parent: the run's directory.
+        load: composes a configuration file, with what the command line changes in it.
+
+    Raises:
+        ConfigError: not a run's directory, no checkpoint in it, or what :func:`pretrain` refuses.
+    """
+    cfg = _child(parent, load, "finetuned")
+    cfg.method = weighted_name(cfg.method)
+    cfg.weighting = {"name": "supervised"}
+    cfg.labels = {**cfg.get("labels", {}), "split": "train"}
+    cfg.pretrained_feature_extractor = str(newest_checkpoint(parent))
+    return pretrain(cfg)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The last checkpoint of a run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ConfigError(f"{run / 'checkpoints'}: no checkpoint: train with checkpoint.enabled")
+    return found[-1]
+
+
+def _read_config(run: Path) -> Any:
+    file = run / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file: give the folder of a run that has been trained")
+    return OmegaConf.load(file)
+
+
+def _child(parent: Path, load: Callable[[Path], DictConfig], suffix: str) -> DictConfig:
+    """A run's configuration for another run beside it."""
+    saved = _read_config(parent)
+    cfg = load(parent / CONFIG_FILE)
+    OmegaConf.set_struct(cfg, False)
+    if cfg.name == saved.name:
+        cfg.name = f"{parent.resolve().name}_{suffix}"
+    if OmegaConf.select(cfg, "checkpoint.dir") == OmegaConf.select(saved, "checkpoint.dir"):
+        OmegaConf.update(cfg, "checkpoint.dir", str(parent.parent), force_add=True)
+    cfg.resume_from_checkpoint = None
+    return cfg

@@ -1,0 +1,1 @@
+"""The run folder: every file name, its writer and its reader."""

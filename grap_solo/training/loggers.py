@@ -1,0 +1,176 @@
+"""What a training tells while it runs: a progress bar, ``metrics.csv`` and W&B."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import secrets
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from grap_solo.methods import CompositeMethod
+from grap_solo.records.files import read_json, whole_file, write_json
+from grap_solo.records.trajectory import format_weight
+
+METRICS_FILE = "metrics.csv"
+WANDB_FILE = "wandb.json"
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, before they are joined too."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
+class WeightsProgressBar(TQDMProgressBar):
+    """Epoch, the current effective weights and the probe's accuracy."""
+
+    accuracy: float | None = None
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        assert isinstance(pl_module, CompositeMethod)
+        named = zip(pl_module.weighting.terms, pl_module.shown_weights, strict=True)
+        metrics: dict[str, Any] = {name: format_weight(value) for name, value in named}
+        if self.accuracy is not None:
+            metrics["probe"] = f"{self.accuracy:.1f}%"
+        return metrics
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        # Here, for it makes the processes wait for each other, and only the first one has a bar.
+        found = trainer.callback_metrics.get("val_acc1")
+        self.accuracy = None if found is None else found.item()
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)  # One bar is enough: its probe shows what validation found.
+
+
+class SafeWandbLogger(WandbLogger):
+    """W&B that cannot stop a run: its first failure is a warning, and the CSV files go on."""
+
+    failed = False
+
+    def _guard(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self.failed:
+            return
+        try:
+            method(*args, **kwargs)
+        except Exception as error:  # Whatever it is, the run matters more.
+            self.failed = True
+            warnings.warn(
+                f"W&B failed and is left out from here on ({error}); metrics.csv goes on. "
+                "Set wandb.offline=True or wandb.enabled=False to do without its server",
+                stacklevel=2,
+            )
+
+    def start(self, hparams: dict[str, Any]) -> bool:
+        """Opens the run and logs the configuration; False if that failed."""
+        self._guard(lambda: self.experiment)
+        self.log_hyperparams(hparams)
+        return not self.failed
+
+    def log_hyperparams(self, params: Any) -> None:
+        self._guard(super().log_hyperparams, params)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._guard(super().log_metrics, metrics, step)
+
+    def save(self) -> None:
+        self._guard(super().save)
+
+    def finalize(self, status: str) -> None:
+        self._guard(super().finalize, status)
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Lightning's ``metrics.csv``, which goes on where a checkpoint left it.
+
+    Args:
+        folder: where to write.
+        steps: the optimiser steps after which to go on; 0 starts a new file.
+    """
+
+    def __init__(self, folder: Path, steps: int = 0) -> None:
+        super().__init__(str(folder), name="", version="")
+        # Lightning removes the file when it starts: until ours is in its place there is a copy.
+        self.copy = folder / f"{METRICS_FILE}.copy"
+        path = self.copy if self.copy.exists() else folder / METRICS_FILE
+        rows: list[dict[str, str]] = []
+        if steps and path.exists():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
+        self.earlier = rows
+
+    @property
+    def experiment(self) -> Any:
+        begun = self._experiment is not None or not isinstance(self.earlier, list)
+        if begun or not is_first_process():
+            return super().experiment
+        rows, self.earlier = self.earlier, []
+        keys = sorted({key for row in rows for key, value in row.items() if value})
+        if rows:
+            with whole_file(self.copy) as file:
+                table = csv.DictWriter(file, keys, extrasaction="ignore")
+                table.writeheader()
+                table.writerows(rows)
+        else:
+            self.copy.unlink(missing_ok=True)  # Of a run that was before this one.
+        writer = super().experiment
+        if rows:
+            os.replace(self.copy, writer.metrics_file_path)
+            writer.metrics_keys = keys
+        return writer
+
+
+def wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
+    """W&B's logger with its run opened; None, with a warning, if that cannot be done.
+
+    A run that goes on goes on in its W&B run; a sweep's agent says itself which one that is.
+    """
+    known = {"id": os.environ.get("WANDB_RUN_ID")}
+    if known["id"] is None:
+        known = read_json(directory / WANDB_FILE) or {"id": secrets.token_hex(4)}
+        if is_first_process():
+            write_json(directory / WANDB_FILE, known)
+    try:
+        logger = SafeWandbLogger(
+            name=cfg.name,
+            project=cfg.wandb.project,
+            entity=cfg.wandb.entity,
+            offline=cfg.wandb.offline,
+            save_dir=str(directory),
+            id=known["id"],
+        )
+    except ModuleNotFoundError:
+        warnings.warn(
+            "W&B failed and is left out: it is not installed (pip install wandb); metrics.csv "
+            "goes on",
+            stacklevel=2,
+        )
+        return None
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
+    return logger if logger.start(container) else None
+
+
+@contextlib.contextmanager
+def wandb_run() -> Iterator[None]:
+    """Ends W&B's run with the training: the next one in this process would go on in it."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            with contextlib.suppress(Exception):  # Whatever it is, the run matters more.
+                wandb.finish(int(failed))

@@ -1,0 +1,312 @@
+"""Comparisons: killed and started again, failing runs, the table's statistics, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from helpers import DIGITS, ROOT, SMALL, digits
+from scipy.stats import ttest_ind
+
+import grap_solo.experiments.compare as package
+from grap_solo import ConfigError
+from grap_solo.cli import main
+from grap_solo.compose import compose
+from grap_solo.evaluation.offline import rankme
+from grap_solo.experiments.compare import compare, plan, read_grid
+from grap_solo.report.tables import p_values, table_of_methods, table_of_runs
+from grap_solo.weighting import WEIGHTINGS
+
+GRIDS = ROOT / "configs" / "table3"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+METHODS = ["fixed", "grap", "grap_tuned"]
+
+
+def configuration(directory, *overrides):
+    return digits(directory, "max_epochs=1", "name=grid", *overrides, file="all4one")
+
+
+def command(directory, *arguments):
+    arguments = [
+        "compare", "--config-path", str(DIGITS), "--config-name", "all4one", *SMALL,
+        "max_epochs=1", f"checkpoint.dir={directory}", "name=grid", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "grap_solo.cli", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted comparison, in a process of one thread."""
+    directory = tmp_path_factory.mktemp("whole")
+    process = command(directory, "methods=[fixed,grap,grap_tuned]", "seeds=[1,2]")
+    output = process.communicate()[0]
+    assert process.returncode == 0, output[-3000:]
+    return directory / "grid", output
+
+
+def measured(directory):
+    """Everything of a comparison that does not depend on the clock."""
+    runs = pd.read_csv(directory / "runs.csv").drop(columns="seconds")
+    files = {
+        path.relative_to(directory): path.read_bytes()
+        for name in ("weights.csv", "diagnostics.csv", "median_weights.yaml")
+        for path in sorted(directory.glob(f"*/{name}"))
+    }
+    assert len(files) == 14  # Both seeds of three methods; diagnostics of one.
+    return runs, files
+
+
+def test_what_a_comparison_leaves(whole):
+    directory, output = whole
+    table = pd.read_csv(directory / "summary.csv")
+    assert table["method"].tolist() == METHODS and table["runs"].tolist() == [2, 2, 2]
+    runs = pd.read_csv(directory / "runs.csv")
+    for _, row in table.iterrows():
+        mine = runs[runs["method"] == row["method"]]
+        for metric in ("online", "linear", "knn", "rankme"):
+            assert row[f"{metric}_mean"] == pytest.approx(mine[metric].mean(), rel=1e-4)
+            assert row[f"{metric}_std"] == pytest.approx(mine[metric].std(), rel=1e-3, abs=1e-4)
+    assert table["cost"][0] == 1 and table["cost_min"][0] == table["cost_max"][0] == 1
+    assert table["cost"][2] == pytest.approx(table["cost"][1] + 1, rel=0.5)  # A second run.
+    assert table["weight/byol"][0] == 2.5
+    text = (directory / "summary.md").read_text()
+    assert text.splitlines()[0] in output and "Holm-corrected" in text
+    for name in ("report.html", "weights.png", "accuracy_cost.png", "cost.json"):
+        assert (directory / name).stat().st_size > 0
+    # A tuned run trains with the median of the run of the same seed.
+    for seed in (1, 2):
+        parent = yaml.safe_load(
+            (directory / f"grap-seed{seed}" / "median_weights.yaml").read_text()
+        )
+        child = yaml.safe_load((directory / f"grap_tuned-seed{seed}" / "config.yaml").read_text())
+        assert child["weighting"] == parent["weighting"] and child["seed"] == seed
+
+
+def test_killed_and_started_again_it_is_the_same(whole, tmp_path):
+    process = command(tmp_path, "methods=[fixed,grap,grap_tuned]", "seeds=[1,2]", "processes=2")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("grid/*/result.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1)  # Its workers end with it.
+    finished = {path.parent.name for path in tmp_path.glob("grid/*/result.json")}
+    assert 1 <= len(finished) < 6
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("grid/*/result.json")}
+    again = command(tmp_path, "methods=[fixed,grap,grap_tuned]", "seeds=[1,2]", "processes=2")
+    output = again.communicate()[0]
+    assert again.returncode == 0, output[-3000:]
+    assert f"{len(finished)} of 6 runs are finished already" in output
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    (runs, files), (expected, others) = measured(tmp_path / "grid"), measured(whole[0])
+    pd.testing.assert_frame_equal(runs, expected)
+    assert files == others
+
+
+def test_a_failed_run_is_a_row_that_says_why_and_is_tried_again(tmp_path, monkeypatch, capsys):
+    original = package.pretrain
+
+    def refuse(cfg, *args):
+        if cfg.weighting.name == "grap" and cfg.seed == 2:
+            raise MemoryError("no room\nat all")
+        return original(cfg, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "pretrain", refuse)
+        directory = compare(configuration(tmp_path), METHODS, [1, 2])
+    runs = pd.read_csv(directory / "runs.csv").fillna({"reason": ""})
+    reasons = {(r["method"], r["seed"]): r["reason"] for _, r in runs.iterrows()}
+    assert reasons["grap", 2] == "MemoryError: no room"
+    assert reasons["grap_tuned", 2] == "the run that it starts from, grap-seed2, has failed"
+    assert list(reasons.values()).count("") == 4
+    text = (directory / "summary.md").read_text()
+    assert "grap, seed 2" in text and "no room" in text and "1 (1 failed)" in text
+    capsys.readouterr()
+    compare(configuration(tmp_path), METHODS, [1, 2])
+    assert "4 of 6 runs are finished already" in capsys.readouterr().out
+    runs = pd.read_csv(directory / "runs.csv").fillna({"reason": ""})
+    assert (runs["reason"] == "").all() and "failed run" not in (
+        directory / "summary.md"
+    ).read_text()
+
+
+def test_a_comparison_in_which_all_fails_is_a_table_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "pretrain", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    directory = compare(configuration(tmp_path), ["fixed"], [1])
+    assert "OSError: full" in (directory / "summary.md").read_text()
+
+
+def test_what_is_trained_is_not_trained_again_for_its_evaluation(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "evaluate", lambda *args: (_ for _ in ()).throw(OSError("no luck")))
+        directory = compare(configuration(tmp_path), ["fixed"], [1])
+    assert "OSError: no luck" in (directory / "summary.md").read_text()
+    weights = directory / "fixed-seed1" / "weights.csv"
+    before = weights.stat().st_mtime_ns
+    compare(configuration(tmp_path), ["fixed"], [1])
+    assert weights.stat().st_mtime_ns == before
+    again = pd.read_csv(directory / "runs.csv")
+    compare(configuration(tmp_path, "name=other"), ["fixed"], [1])
+    whole = pd.read_csv(tmp_path / "other" / "runs.csv")
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), whole.drop(columns="seconds"))
+
+
+def test_a_folder_that_is_not_its_own_is_not_deleted(tmp_path):
+    mine = tmp_path / "grid" / "fixed-seed1"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("kept")
+    with pytest.raises(ConfigError, match="is there, but not from a comparison"):
+        compare(configuration(tmp_path), ["fixed"], [1])
+    assert (mine / "notes.txt").read_text() == "kept"
+
+
+def test_other_runs_in_its_place_are_refused_and_kept(whole):
+    directory, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.json")}
+    with pytest.raises(ConfigError, match="holds a run with another 'max_epochs'"):
+        compare(configuration(directory.parent, "max_epochs=2"), METHODS, [1, 2])
+    assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*.json")}
+
+
+@pytest.mark.parametrize("file", GRIDS.glob("*.yaml"), ids=lambda file: file.stem)
+def test_the_papers_grid_is_planned(file):
+    def load(path, overrides):
+        return compose(path, list(overrides))
+
+    local = ["accelerator=cpu"]
+    cfg, grid = read_grid(file.resolve(), [*local, "++data.train_path=x"], load)
+    cells = plan(cfg, grid["methods"], grid["seeds"], grid["definitions"])
+    assert len(cells) == 32 and len({cell.directory for cell in cells}) == 32
+    assert cells[0].cfg.data.dataset == file.stem
+    rows = ["fixed", "without_attn_nnclr", "equal", "gradnorm", "dwa", "mgda", "grap"]
+    assert list(dict.fromkeys(cell.method for cell in cells)) == [*rows, "grap_tuned"]
+    without = next(cell for cell in cells if cell.method == "without_attn_nnclr")
+    assert without.cfg.weighting.weights.attn_nnclr == 0
+    tuned = cells[-1]
+    assert tuned.parent.name == "grap-seed8" and tuned.cfg.name == "grap_tuned-seed8"
+    if file.stem != "digits":
+        epochs = {"cifar10": 1000, "cifar100": 1000, "imagenet100": 400}[file.stem]
+        assert all(cell.cfg.max_epochs == epochs for cell in cells)
+
+
+def test_the_grids_keys_come_from_the_command_line_too(tmp_path):
+    def load(path, overrides):
+        return compose(path, list(overrides))
+
+    cfg, grid = read_grid(DIGITS / "grap.yaml", ["methods=[grap]", "+seeds=[3]", "seed=1"], load)
+    assert grid == {"methods": ["grap"], "seeds": [3]} and cfg.seed == 1
+    file = GRIDS.resolve() / "digits.yaml"
+    cfg, grid = read_grid(file, ["seeds=[9]", "max_epochs=3"], load)
+    assert grid["seeds"] == [9] and cfg.max_epochs == 3 and cfg.name == "table3-digits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["methods=[grapp]", "seeds=[1]"], "methods: unknown name 'grapp': did you mean 'grap'"),
+        (["methods=[grap_tune]", "seeds=[1]"], "did you mean 'grap_tuned'"),
+        (["methods=[]", "seeds=[1]"], "methods: expected a list"),
+        (["methods=grap", "seeds=[1]"], "methods: expected a list such as"),
+        (["methods=[grap]", "seeds=[a]"], "seeds: expected whole numbers"),
+        (["methods=[grap]"], "seeds: missing: add seeds=[...]"),
+        (["methods=[grap]", "seeds=[1]", "processes=0"], "processes: expected a whole number"),
+        (["methods=[grap]", "seeds=[1]", "max_epochs=0"], "max_epochs: expected a whole number"),
+        (["methods=[supervised_tuned]", "seeds=[1]"], "unknown name 'supervised_tuned'"),
+        (["methods=[grap]", "seeds=[1]", "definitions=5"], "definitions: expected a block"),
+        (["methods=[a/b]", "seeds=[1]", "definitions={a/b: {}}"], "leave out '/'"),
+        (["methods=[grap]", "seeds=[1]", "devices=2"], "devices: a comparison trains each run on"),
+        (["methods=[grap]", "seeds=[1]", "+data.no_labels=true"], "data.val_path: a comparison"),
+        (["methods=[x]", "seeds=[1]", "definitions={x: {weighting: {name: grab}}}"], "'grab'"),
+    ],
+)
+def test_bad_input_is_one_line_and_makes_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["compare", "--config-path", str(DIGITS), "--config-name", "all4one"]
+    assert main([*flags, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_weighting_is_a_method(tmp_path):
+    names = [*WEIGHTINGS, "mgda_tuned", "grap_finetuned"]
+    cells = plan(configuration(tmp_path), names, [1], {})
+    assert {cell.method for cell in cells} == set(names)
+    children = {cell.method: cell for cell in cells if cell.parent is not None}
+    assert children["grap_finetuned"].cfg.weighting.name == "supervised"
+    # A child alone brings its parent.
+    cells = plan(configuration(tmp_path), ["grap_tuned"], [1], {})
+    assert [cell.method for cell in cells] == ["grap", "grap_tuned"]
+
+
+# ---- the statistics -------------------------------------------------------------------------
+
+
+def results(**linear):
+    return [
+        {"method": m, "seed": s, "online": 1.0, "linear": v, "knn": 2.0, "rankme": 3.0,
+         "seconds": 1.0, "weights": {"a": 0.5}}
+        for m, values in linear.items() for s, v in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_the_p_values_are_welchs_with_holms_correction():
+    linear = {
+        "fixed": [90.0, 91.0, 90.5, 90.2],
+        "b": [92.0, 92.5, 92.2, 91.9],
+        "c": [90.1, 91.2, 90.6, 90.3],
+        "d": [88.0, 90.0, 89.0, 89.5],
+    }
+    methods = list(linear)
+    found = p_values(table_of_runs(results(**linear)), methods)
+    raw = {m: ttest_ind(linear[m], linear["fixed"], equal_var=False).pvalue for m in "bcd"}
+    ordered = sorted(raw, key=raw.get)
+    expected, largest = {}, 0.0
+    for rank, method in enumerate(ordered):  # Holm 1979: step down, never falling.
+        largest = max(largest, min(1.0, (3 - rank) * raw[method]))
+        expected[method] = largest
+    assert np.isnan(found[0])
+    assert found[1:] == pytest.approx([expected[m] for m in "bcd"])
+    assert found[1] < 0.05 < found[2]
+
+
+def test_what_cannot_be_tested_is_left_open():
+    runs = table_of_runs(results(fixed=[90.0, 91.0], one=[95.0]))
+    assert np.isnan(p_values(runs, ["fixed", "one"])).all()
+    same = table_of_runs(results(fixed=[90.0, 90.0], same=[90.0, 90.0]))
+    assert np.isnan(p_values(same, ["fixed", "same"])).all()
+    without = table_of_runs(results(a=[1.0, 2.0], b=[2.0, 3.0]))
+    assert np.isnan(p_values(without, ["a", "b"])).all()
+    table = table_of_methods(runs, ["fixed", "one"], {"fixed": {"median": 1, "min": 1, "max": 1}})
+    assert table["cost"].tolist()[0] == 1 and np.isnan(table["cost"].tolist()[1])
+
+
+def test_rankme_counts_dimensions():
+    generator = np.random.default_rng(0)
+    basis = np.linalg.qr(generator.normal(size=(400, 400)))[0]
+    for rank in (1, 4, 16):
+        flat = basis[:, :rank] @ np.linalg.qr(generator.normal(size=(32, 32)))[0][:rank]
+        assert rankme(flat) == pytest.approx(rank, rel=0.01)
+    spectrum = np.array([4.0, 2.0, 1.0, 1.0])
+    shares = spectrum / spectrum.sum()
+    expected = np.exp(-(shares * np.log(shares)).sum())
+    assert rankme(basis[:, :4] * spectrum) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_result_cut_short_is_no_result(tmp_path):
+    from grap_solo.records.files import read_json, write_json
+
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "a.json").write_text(json.dumps({"a": 1})[:-2])
+    assert read_json(tmp_path / "a.json") is None and read_json(tmp_path / "b.json") is None
