@@ -1,6 +1,6 @@
 # make demo   train default, grap and grap_tuned on scikit-learn's digits
 # make test   run the test suite
-# make check  format, lint and type check
+# make check  format, lint, types and the import contract
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +18,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy grap_solo
+	$(BIN)/lint-imports --no-logo
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -17,7 +17,6 @@ import yaml
 from grap_solo.errors import ConfigError
 from grap_solo.records.files import CONFIG_FILE
 from grap_solo.records.trajectory import DIAGNOSTICS_FILE, TERMS_FILE, WEIGHTS_FILE, read_weights
-from grap_solo.report.plots import mean_and_std
 
 RESULT_FILE = "result.json"
 SUMMARY_FILE = "summary.csv"
@@ -436,6 +435,13 @@ def _build_summary(folder: Path, groups: Sequence[Group]) -> Summary:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = sorted(names, key=lambda name: name.startswith("weight/"))
     return Summary(folder, columns, rows, written=False)
+
+
+def mean_and_std(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation over the runs that have a value, nan where none has one
+    or, for the deviation, fewer than two have."""
+    table = np.ma.masked_invalid(np.stack(runs))
+    return table.mean(axis=0).filled(np.nan), table.std(axis=0, ddof=1).filled(np.nan)
 
 
 def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from grap_solo.records.runs import mean_and_std
 from grap_solo.records.trajectory import format_weight, median_weights, read_weights
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
@@ -155,13 +156,6 @@ def step_epochs(epochs: np.ndarray) -> np.ndarray:
     """
     done = np.arange(len(epochs)) - np.searchsorted(epochs, epochs) + 1
     return epochs + done / np.bincount(epochs).max()
-
-
-def mean_and_std(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and sample standard deviation over the runs that have a value, nan where none has one
-    or, for the deviation, fewer than two have."""
-    table = np.ma.masked_invalid(np.stack(runs))
-    return table.mean(axis=0).filled(np.nan), table.std(axis=0, ddof=1).filled(np.nan)
 
 
 def last_epoch_median(series: Series) -> float:
