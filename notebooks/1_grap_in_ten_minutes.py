@@ -11,12 +11,13 @@
 # %% [markdown]
 # # GraP in ten minutes, on digits
 #
-# All4One adds four terms up: `0.5 nnclr + 0.5 attn_nnclr + 2.5 byol + 2.5 barlow`. Somebody chose
-# these weights by hand. GraP learns them while the model trains: each step it moves them so that
-# the composite gradient at the embedding points where the gradient of an online linear probe
-# points. Here both are trained on scikit-learn's digits, on the CPU.
+# All4One's loss is a weighted sum of four terms: `0.5 nnclr + 0.5 attn_nnclr + 2.5 byol + 2.5
+# barlow`. Its authors chose these weights by hand. GraP learns the weights while the model trains.
+# At each step it moves them so that the gradient of the weighted sum, at the backbone's embedding,
+# points the same way as the gradient of an online linear probe. This notebook trains All4One both
+# ways on scikit-learn's digits, on the CPU.
 #
-# `EPOCHS` is how long each run trains; the outputs below are from the default.
+# `EPOCHS` sets how long each run trains. The outputs below are from the default.
 
 # %%
 import os
@@ -49,8 +50,8 @@ def configuration(file, name):
 # %% [markdown]
 # ## Three runs
 #
-# The default weights; GraP; and the default training again with the *median* of the weights that
-# GraP has found ("tuned").
+# The first run holds the default weights. The second learns them with GraP. The third trains from
+# scratch again and holds the *median* of the weights that GraP has learned ("tuned").
 
 # %%
 default = pretrain(configuration("all4one", "default"))
@@ -60,7 +61,8 @@ tuned = retrain([grap.directory], lambda file: configuration("grap", "grap_tuned
 # %% [markdown]
 # ## The weights over time
 #
-# Effective weights: what would stand before the plain losses, on the scale of the default ones.
+# The picture shows the effective weights: the multipliers that would stand before the plain losses,
+# on the scale of the default weights.
 
 # %%
 display(Image(grap.directory / "weights.png"))
@@ -69,10 +71,11 @@ display(Image(grap.directory / "weights.png"))
 print((grap.directory / "median_weights.yaml").read_text())
 
 # %% [markdown]
-# ## What the representations are worth
+# ## How good the representations are
 #
 # The linear probe is trained to convergence on frozen embeddings. With one seed and 540 validation
-# images a difference of a point means nothing: `grap-solo compare` is for that.
+# images, a difference of a point means nothing. To compare methods, train several seeds with
+# `grap-solo compare`.
 
 # %%
 for run in (default, grap, tuned):
@@ -88,7 +91,7 @@ for run in (default, grap, tuned):
     )
 
 # %% [markdown]
-# ## What a run leaves
+# ## The files that a run leaves
 
 # %%
 for path in sorted(grap.directory.rglob("*")):

@@ -11,9 +11,9 @@
 # %% [markdown]
 # # Which terms does my data need?
 #
-# A GraP run records, at every step, the effective weights (`weights.csv`) and what the gradients
-# say about each other (`diagnostics.csv`). This notebook reads both, and then checks what it has
-# read by leaving a term out.
+# At every step, a GraP run records the effective weights (`weights.csv`) and the cosines and norms
+# of the gradients (`diagnostics.csv`). This notebook reads both files and guesses which term
+# matters least. It then tests the guess: it trains without that term.
 
 # %%
 import os
@@ -49,8 +49,9 @@ pictures = report([run.directory], RUNS / "report")
 # %% [markdown]
 # ## The weights
 #
-# A term whose weight falls to 0 is one that the probe's gradient does not want. What counts is the
-# weight times the norm of the term's gradient: a small weight on a large gradient is still a lot.
+# If a term's weight falls to 0, the term's gradient does not help the probe. To see how much a term
+# contributes, multiply its weight by the norm of its gradient: a small weight on a large gradient
+# is still a large contribution.
 
 # %%
 display(Image(RUNS / "report" / "weights.png"))
@@ -67,8 +68,9 @@ pd.DataFrame({"median weight": weights.median(), "median share of the gradient":
 # %% [markdown]
 # ## The alignment
 #
-# The cosine of each term's embedding gradient with the probe's: above 0 the term, alone, would
-# lower the probe's loss, below 0 raise it. The composite's should be at least the best term's.
+# This is the cosine between each term's gradient and the probe's gradient, at the embedding. If it
+# is above 0, a step along this term alone would lower the probe's loss. If it is below 0, the step
+# would raise it. The composite gradient should be aligned at least as well as the best term's.
 
 # %%
 display(Image(RUNS / "report" / "alignment.png"))
@@ -80,18 +82,18 @@ diagnostics[columns].groupby("epoch").median().round(3)
 # %% [markdown]
 # ## The Gramian
 #
-# The cosines of the terms' gradients with each other. Two terms near 1 say the same thing; below 0
-# they are in conflict, and their sum is smaller than its parts.
+# These are the cosines between the terms' gradients. Two terms with a cosine near 1 ask for the
+# same change. With a cosine below 0 they are in conflict: each cancels a part of the other.
 
 # %%
 display(Image(RUNS / "report" / "gramian.png"))
 
 # %% [markdown]
-# ## Left out
+# ## Training without a term
 #
-# A hypothesis is cheap to test: a term of weight 0 is not even computed. Two seeds each, without
-# the term whose share of the gradient is smallest. The table says how much of the difference is
-# noise.
+# The guess is cheap to test, since a term of weight 0 is not even computed. We leave out the term
+# with the smallest share of the gradient, and train two seeds with it and two without. The standard
+# deviations in the table show how much of the difference is noise.
 
 # %%
 least = share.median().idxmin()

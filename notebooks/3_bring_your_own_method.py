@@ -11,13 +11,14 @@
 # %% [markdown]
 # # Bring your own method
 #
-# GraP needs three things of a method: an embedding, its terms as functions of the embedding, and a
-# downstream loss as a function of it too. `balance` makes one scalar of them whose ordinary
-# backward is the step. First in a plain loop, then in a LightningModule of your own, and last as a
-# method that `grap-solo`'s commands train, compare and report.
+# GraP needs three things from a method: an embedding, the terms as functions of the embedding, and
+# a downstream loss, also as a function of the embedding. `balance` combines them into one scalar.
+# An ordinary backward of this scalar gives every gradient of the step. This notebook uses `balance`
+# in a plain loop, then in a LightningModule of your own. At the end it writes a method that
+# `grap-solo`'s commands train, compare and report.
 #
-# The method of the first two parts is a small denoising autoencoder on scikit-learn's digits with two terms:
-# `reconstruction`, and `consistency` between the embeddings of two noisy views.
+# The first two parts train a small denoising autoencoder on scikit-learn's digits. It has two
+# terms: `reconstruction`, and `consistency` between the embeddings of two noisy views.
 
 # %%
 import logging
@@ -70,9 +71,10 @@ class Autoencoder(nn.Module):
 # %% [markdown]
 # ## A plain loop
 #
-# The embeddings are a tuple, one for each view; the terms and the probe get them back, detached,
-# in that order. `step.loss` is for `backward()` alone: look at `step.losses`, `step.weights` and
-# `step.alignment`.
+# The embeddings are a tuple with one tensor for each view. `balance` detaches them and passes them,
+# in the same order, to the function of the terms and to the function of the probe's loss. The value
+# of `step.loss` means nothing: call `backward()` on it, and look at `step.losses`, `step.weights`
+# and `step.alignment`.
 
 # %%
 model = Autoencoder()
@@ -95,7 +97,7 @@ for epoch in range(EPOCHS):
         print(f"epoch {epoch:2}: {weights}; alignment {step.alignment:.2f}; probe {model.accuracy():.1f} %")
 
 # %% [markdown]
-# What the last step's gradients say about each other:
+# The cosines and norms of the last step's gradients:
 
 # %%
 for name, value in zip(diagnostic_names(weighting.terms), diagnose(step).tolist(), strict=True):
@@ -104,9 +106,9 @@ for name, value in zip(diagnostic_names(weighting.terms), diagnose(step).tolist(
 # %% [markdown]
 # ## A LightningModule of your own
 #
-# Nothing else changes: automatic optimisation stays on, so gradient clipping, accumulation,
-# schedulers, DDP and mixed precision work as they do for any module. The weighting is a submodule,
-# so its state is saved with the checkpoint.
+# Return `step.loss` from `training_step`; nothing else changes. Automatic optimisation stays on, so
+# gradient clipping, accumulation, schedulers, DDP and mixed precision work as they do for any
+# module. The weighting is a submodule, so the checkpoint saves its state.
 
 # %%
 class LitAutoencoder(pl.LightningModule):
@@ -153,10 +155,11 @@ for block in ({"name": "equal"}, {"name": "grap", "lr": 0.1}, {"name": "mgda"}, 
 # %% [markdown]
 # ## A method for `grap-solo`'s commands
 #
-# Derive a class from `CompositeMethod` and give its terms: everything else that a step needs is
-# there, on solo-learn's base classes or the project's own. This is LeJEPA (Balestriero & LeCun
-# 2025, arXiv 2511.08544): the views' projections shall agree, and shall be normally distributed,
-# which Epps and Pulley's statistic tests along random directions.
+# Derive a class from `CompositeMethod` and compute its terms. The base class does the rest of a
+# step, on solo-learn's base classes or on the project's own. The example is LeJEPA (Balestriero &
+# LeCun 2025, arXiv 2511.08544), which has two terms. `invariance` makes the views' projections
+# agree. `sigreg` makes the projections normally distributed: it measures their distance from the
+# normal distribution along random directions, with Epps and Pulley's statistic.
 
 # %%
 from grap_solo.distributed import world_size
@@ -203,9 +206,10 @@ class LeJEPA(CompositeMethod):
 
 
 # %% [markdown]
-# A configuration names it by `method: package.module:Class`; here the module is this notebook. From
-# a file `lejepa.py` it is `grap-solo pretrain ... method=lejepa:LeJEPA`. The rest is the digits'
-# file of VICReg. LeJEPA's own weights, equal ones, and GraP's, in one table:
+# A configuration names the class by `method: package.module:Class`. Here the module is this
+# notebook, `__main__`; for a class in a file `lejepa.py`, write `grap-solo pretrain ...
+# method=lejepa:LeJEPA`. All other settings are those of VICReg on the digits. The table compares
+# LeJEPA's own weights with equal weights and with GraP's:
 
 # %%
 from IPython.display import Image, Markdown, display
@@ -221,7 +225,8 @@ folder = compare(cfg, methods=["fixed", "equal", "grap"], seeds=[5])
 display(Markdown((folder / "summary.md").read_text()))
 
 # %% [markdown]
-# One seed and few epochs are no ranking. The weights as GraP learned them, and the reference:
+# One seed and a few epochs cannot rank the three. The picture shows the weights of each method, and
+# dashed the reference weights:
 
 # %%
 display(Image(folder / "weights.png"))
