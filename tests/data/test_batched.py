@@ -17,7 +17,13 @@ from torchvision.transforms.v2 import functional as F
 
 from grap_solo import ConfigError
 from grap_solo.compose import compose
-from grap_solo.data import batched, evaluation_loader, sampling
+from grap_solo.data import (
+    batched,
+    batched_operations,
+    batched_views,
+    evaluation_loader,
+    sampling,
+)
 from grap_solo.data.augmentations import build_pipeline, build_views
 from grap_solo.data.datasets import Digits, Part
 from grap_solo.data.sampling import EpochSampler
@@ -60,7 +66,7 @@ def entry(**changes):
 def pipelines(**changes):
     """A YAML entry's pipeline on PIL images, and the batched one."""
     transform = build_pipeline("digits", entry(**changes))
-    return transform, batched.Pipeline(transform)
+    return transform, batched_views.Pipeline(transform)
 
 
 def uniform(count, columns, seed=0):
@@ -95,7 +101,7 @@ FACTORS = torch.from_numpy(np.random.default_rng(1).uniform(0.2, 1.8, 300).astyp
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 def test_enhancements_are_pils_but_for_ties(name):
-    ours = getattr(batched, f"adjust_{name}")(coloured().float(), FACTORS)
+    ours = getattr(batched_operations, f"adjust_{name}")(coloured().float(), FACTORS)
     pils = by_pil(coloured(), getattr(F, f"adjust_{name}"), FACTORS.tolist())
     # To the bit, where PIL was built without fused multiply-add.
     assert (ours - pils).abs().max() <= 1 and (ours != pils).float().mean() < 0.001
@@ -103,7 +109,7 @@ def test_enhancements_are_pils_but_for_ties(name):
 
 def test_hue_is_pils_but_for_ties():
     shifts = (FACTORS - 1) / 1.6
-    ours = batched.adjust_hue(coloured().float(), shifts)
+    ours = batched_operations.adjust_hue(coloured().float(), shifts)
     pils = by_pil(coloured(), F.adjust_hue, shifts.tolist())
     apart = (ours - pils).abs()
     assert apart.mean() < 0.005 and (apart > 0).float().mean() < 0.002 and apart.max() <= 8
@@ -112,29 +118,29 @@ def test_hue_is_pils_but_for_ties():
 def test_steps_without_parameters_are_pils_to_the_bit():
     images = coloured()
     pils = by_pil(images, lambda x: F.rgb_to_grayscale(x, 3))
-    assert torch.equal(batched.grayscale(images.float()), pils)
+    assert torch.equal(batched_operations.grayscale(images.float()), pils)
     for threshold in (128, 17):
         pils = by_pil(images, lambda x, t=threshold: F.solarize(x, t))
-        assert torch.equal(batched.solarize(images.float(), threshold), pils)
-    assert torch.equal(batched.equalize(images.float()), by_pil(images, F.equalize))
-    assert torch.equal(batched.flip(images.float()), by_pil(images, F.horizontal_flip))
+        assert torch.equal(batched_operations.solarize(images.float(), threshold), pils)
+    assert torch.equal(batched_operations.equalize(images.float()), by_pil(images, F.equalize))
+    assert torch.equal(batched_operations.flip(images.float()), by_pil(images, F.horizontal_flip))
 
 
 def test_blur_is_pils_but_for_ties():
     radii = 0.1 + 1.9 * (FACTORS - 0.2) / 1.6
     pils = by_pil(coloured(), lambda x, r: x.filter(ImageFilter.GaussianBlur(r)), radii.tolist())
-    apart = (batched.blur(coloured().float(), radii) - pils).abs()
+    apart = (batched_operations.blur(coloured().float(), radii) - pils).abs()
     assert apart.mean() < 0.001 and apart.max() <= 1
     # Radii that reach further than the image is wide, too.
     few, wide = coloured()[:4], torch.tensor([3.0, 9.0, 20.0, 60.0])
     pils = by_pil(few, lambda x, r: x.filter(ImageFilter.GaussianBlur(r)), wide.tolist())
-    assert (batched.blur(few.float(), wide) - pils).abs().max() <= 1
+    assert (batched_operations.blur(few.float(), wide) - pils).abs().max() <= 1
 
 
 # Since version 13, PIL resizes down before across where that is less work: another rounding.
 @pytest.mark.parametrize(("size", "most"), [(32, 0.001), (48, 0.001), (24, 0.05)])
 def test_crops_are_pils(size, most):
-    crop = batched.Crop((size, size), (0.08, 1.0), (3 / 4, 4 / 3))
+    crop = batched_views.Crop((size, size), (0.08, 1.0), (3 / 4, 4 / 3))
     boxes = crop.boxes(uniform(300, crop.columns), 32, 32)
     pils = by_pil(
         coloured(),
@@ -143,7 +149,9 @@ def test_crops_are_pils(size, most):
         ),
         boxes.tolist(),
     )
-    apart = (batched.resize_boxes(coloured(), torch.from_numpy(boxes), (size, size)) - pils).abs()
+    apart = (
+        batched_operations.resize_boxes(coloured(), torch.from_numpy(boxes), (size, size)) - pils
+    ).abs()
     assert apart.mean() < most
 
 
@@ -203,7 +211,7 @@ def test_a_whole_view_is_pils_with_the_same_draws():
 
 def test_normalisation_is_torchvisions():
     theirs = build_pipeline("cifar10", entry())
-    ours = batched.Pipeline(theirs)
+    ours = batched_views.Pipeline(theirs)
     expected = torch.stack([theirs(to_pil(x)) for x in coloured()[:20]])
     found = ours(coloured()[:20], uniform(20, ours.columns))
     assert found.dtype == torch.float32 and found.is_contiguous()
@@ -222,7 +230,7 @@ def test_crops_follow_torchvisions_law(shape):
     image = torch.zeros(3, *shape)
     made = [theirs.make_params([image]) for _ in range(3000)]
     expected = np.array([[each[k] for k in ("top", "left", "height", "width")] for each in made])
-    crop = batched.Crop((32, 32), theirs.scale, theirs.ratio)
+    crop = batched_views.Crop((32, 32), theirs.scale, theirs.ratio)
     found = crop.boxes(uniform(3000, crop.columns), *shape)
     for measure in (
         lambda box: box[:, 2] * box[:, 3],
@@ -242,7 +250,7 @@ def test_crops_follow_torchvisions_law(shape):
 
 
 def test_adjustments_come_in_every_order_equally_often():
-    jitter = batched.Jitter(1.0, [(0.6, 1.4)] * 4)
+    jitter = batched_views.Jitter(1.0, [(0.6, 1.4)] * 4)
     draws = uniform(4800, jitter.columns)
     orders = list(map(tuple, jitter.order(draws).tolist()))
     counts = [orders.count(each) for each in permutations(range(4))]
@@ -304,14 +312,14 @@ def test_each_keys_views_are_distributed_as_pils(key):
 def test_views_of_the_yaml_files_are_distributed_as_pils(dataset, file):
     augmentations = OmegaConf.load(CONFIGS / "augmentations" / f"{file}.yaml")
     for theirs in build_views(dataset, augmentations):
-        assert_alike(theirs, batched.Pipeline(theirs), coloured(900))
+        assert_alike(theirs, batched_views.Pipeline(theirs), coloured(900))
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_a_probability_is_the_share_of_the_images(probability):
     _, ours = pipelines(horizontal_flip={"prob": probability})
     one = coloured()[7].expand(4000, 3, 32, 32)
-    plain = batched.Pipeline(build_pipeline("digits", entry()))(one[:1], uniform(1, 0))
+    plain = batched_views.Pipeline(build_pipeline("digits", entry()))(one[:1], uniform(1, 0))
     changed = (ours(one, uniform(4000, ours.columns)) != plain).any(1).any(1).any(1)
     assert changed.float().mean() == pytest.approx(probability, abs=0.03)
 
@@ -329,7 +337,7 @@ def test_every_yaml_file_builds():
     assert {each.stem.partition("_")[2] for each in files} == {"digits", "cifar", "imagenet100"}
     for file in files:
         augmentations = OmegaConf.load(file)
-        views = [batched.Pipeline(each) for each in build_views("cifar10", augmentations)]
+        views = [batched_views.Pipeline(each) for each in build_views("cifar10", augmentations)]
         size = augmentations[0].crop_size
         made = [each(coloured()[:2], uniform(2, each.columns)) for each in views]
         assert [each.shape for each in made] == [(2, 3, size, size)] * 2
@@ -338,7 +346,7 @@ def test_every_yaml_file_builds():
 def test_an_unknown_step_is_refused():
     steps = build_pipeline("digits", entry()).transforms
     with pytest.raises(TypeError, match="RandomVerticalFlip: no such step on batches"):
-        batched.Pipeline(v2.Compose([v2.RandomVerticalFlip(), *steps]))
+        batched_views.Pipeline(v2.Compose([v2.RandomVerticalFlip(), *steps]))
 
 
 # The loader.
