@@ -27,7 +27,8 @@ from grap_solo.methods.losses import Projections, Views, probe_loss
 from grap_solo.methods.probed import ProbedMethod
 from grap_solo.records.trajectory import TrajectoryRecorder
 from grap_solo.solo import BaseMethod, BaseMomentumMethod, register_backbone
-from grap_solo.solo.base import MomentumUpdater, lars
+from grap_solo.solo.base import MomentumUpdater
+from grap_solo.solo.optimizers import lars
 from grap_solo.weighting import CAUSES, build_weighting
 
 POSITIVE = 1e-300

@@ -21,7 +21,7 @@ from grap_solo.methods import CompositeMethod, find_method, takes_weighting, wei
 from grap_solo.methods.composite import POSITIVE
 from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import build_backbone
-from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS
+from grap_solo.solo.optimizers import OPTIMIZERS, SCHEDULERS
 from grap_solo.weighting import Weighting, build_weighting
 
 DEFAULTS = """
