@@ -5,31 +5,25 @@ A method's own file holds its terms and nothing else: see :class:`CompositeMetho
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from grap_solo.balance import HeldOut, SharedHead, Step, balance
-from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_cosine
 from grap_solo.distributed import mean_over_processes
-from grap_solo.errors import ConfigError, RunStopped
-from grap_solo.evaluation.online import accuracy_at_k
+from grap_solo.errors import ConfigError
 from grap_solo.methods.losses import Projections, Views, probe_loss
-from grap_solo.methods.probed import ProbedMethod
-from grap_solo.records.trajectory import TrajectoryRecorder
+from grap_solo.methods.modules import fresh_copy, frozen_statistics
+from grap_solo.methods.recorded import RecordedMethod, TermLosses
 from grap_solo.solo import BaseMethod, BaseMomentumMethod, register_backbone
 from grap_solo.solo.base import MomentumUpdater
 from grap_solo.solo.optimizers import lars
-from grap_solo.weighting import CAUSES, build_weighting
+from grap_solo.weighting import build_weighting
 
 POSITIVE = 1e-300
 """A lower bound that stands for "above 0"."""
@@ -57,7 +51,7 @@ class Key:
             raise ConfigError(f"method_keys: a key is an int, float, str or bool, not {self.kind}")
 
 
-class CompositeMethod(ProbedMethod, ABC):
+class CompositeMethod(RecordedMethod, ABC):
     """A self-supervised method of two views whose loss is a weighted sum of terms.
 
     The weights come from a ``weighting:`` block. The downstream head is the online probe. Labels of
@@ -189,7 +183,7 @@ class CompositeMethod(ProbedMethod, ABC):
                     "key out"
                 )
             for term in self.weighting.terms[1:]:
-                self.projectors[term] = _fresh_copy(self._own_projector)
+                self.projectors[term] = fresh_copy(self._own_projector)
         self._freeze_what_no_term_uses()
         if self.cfg.performance.compile:  # In their place: state dicts keep their names.
             for name in ("backbone", "momentum_backbone", "momentum_projector"):
@@ -256,10 +250,6 @@ class CompositeMethod(ProbedMethod, ABC):
         rest = [each for each in self.parameters() if each.requires_grad and id(each) not in known]
         return [*groups, {"name": "heads", "params": rest}] if rest else groups
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Records the effective weights, whichever script trains."""
-        return [TrajectoryRecorder()]
-
     # ---- one step -----------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
@@ -309,9 +299,9 @@ class CompositeMethod(ProbedMethod, ABC):
     ) -> Step:
         """The step of a batch, from its embeddings, targets and the probe's labels."""
 
-        def terms(*leaves: Tensor) -> _Terms:
+        def terms(*leaves: Tensor) -> TermLosses:
             projections = self._project(leaves)
-            return _Terms(self.compute_terms(projections, targets), projections)
+            return TermLosses(self.compute_terms(projections, targets), projections)
 
         def downstream(*leaves: Tensor) -> Tensor:
             losses = [probe_loss(self.classifier(each), labels) for each in leaves]
@@ -356,82 +346,6 @@ class CompositeMethod(ProbedMethod, ABC):
 
         return HeldOut(embeddings, terms)
 
-    def _is_usable(self, step: Step) -> bool:
-        """Whether a step is finite in every process. Asking is the only wait for a GPU, if the rule
-        is computed there: what else the host wants to know of the step comes along."""
-        self.log("skipped/step", (~step.finite).float(), on_step=False, on_epoch=True, batch_size=1)
-        finite, *weights = torch.cat([step.finite.to(step.weights)[None], step.weights]).tolist()
-        if finite:
-            self.skipped_in_a_row = 0
-            self.effective_weights, self.shown_weights = step.weights, weights
-            return True
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.max_skipped_steps:
-            losses = {**step.losses, "the probe's loss": step.downstream}
-            bad = [name for name, each in losses.items() if not each.isfinite()]
-            raise RunStopped(
-                f"diagnostics.max_skipped_steps: {self.skipped_in_a_row} steps in a row were not "
-                f"finite ({', '.join(bad) or 'gradients'}): the run is stopped, and its "
-                "checkpoints are from before; try a lower optimizer.lr, or 32-true precision"
-            )
-        return False
-
-    def _diagnose(self, step: Step, feats: Views, held_out: HeldOut | None) -> None:
-        """Keeps the cosines and norms of the step's gradients for the recorder."""
-        found = diagnose(step)
-        if found is None:
-            return
-        self.diagnostics = dict(zip(diagnostic_names(self.weighting.terms), found, strict=True))
-        every = self.parameter_space_every
-        if every:
-            cosine = found.new_tensor(torch.nan)
-            if self.global_step % every == 0 and held_out is None:
-                cosine = parameter_space_cosine(
-                    step, step.downstream_gradients, feats, self.backbone
-                )
-            self.diagnostics["parameter_space"] = cosine
-
-    def _log_step(self, step: Step, metrics: dict[str, Tensor]) -> None:
-        """The active terms, their sum, the method's own metrics and the weighting's."""
-        losses = step.losses
-        logged = {
-            self.term_metrics.get(term, f"train_{term}_loss"): each for term, each in losses.items()
-        }
-        if losses:
-            reference = dict(zip(self.weighting.terms, self.weighting.reference, strict=True))
-            parts = [reference[term] * each for term, each in losses.items()]
-            logged[self.loss_metric] = torch.stack(parts).sum()
-        if isinstance(step.returned, _Terms) and step.returned.projections:
-            views = next(iter(step.returned.projections.values()))
-            stds = [F.normalize(each, dim=-1).std(dim=0).mean() for each in views]
-            logged["train_z_std"] = torch.stack(stds).mean()
-        self.log_dict({**logged, **metrics}, on_epoch=True, sync_dist=True)
-        weighting = {
-            f"weight/{term}": weight
-            for term, weight in zip(self.weighting.terms, step.weights, strict=True)
-        }
-        names = ["alignment", *(f"alignment/{term}" for term in self.weighting.terms)]
-        for name in names if self.diagnostics else ():
-            weighting[name] = self.diagnostics[name].nan_to_num()
-        self.log_dict(weighting)
-        if step.gradients and self.weighting.cause is not None:
-            skipped = {
-                f"skipped/{cause.replace(' ', '_')}": (self.weighting.cause == index).float()
-                for index, cause in enumerate(CAUSES)
-                if cause
-            }
-            self.log_dict(skipped, on_step=False, on_epoch=True)
-
-    def _log_labelled(self, step: Step, held_out: HeldOut, labels: Tensor) -> None:
-        """The probe on a held-out batch."""
-        logits = [self.classifier(each) for each in held_out.embeddings]
-        accuracies = [accuracy_at_k(each, labels)[0] for each in logits]
-        metrics = {
-            "train_labelled_loss": step.downstream,
-            "train_labelled_acc1": torch.cat(accuracies).mean(),
-        }
-        self.log_dict(metrics, on_epoch=True, sync_dist=True)
-
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         if not self.weighting.active and self.momentum_classifier is None:
             return {}  # Nothing looks at the momentum networks.
@@ -467,40 +381,3 @@ class CompositeMethod(ProbedMethod, ABC):
             self.momentum_updater.update_tau(
                 self.last_step, int(self.trainer.estimated_stepping_batches)
             )
-
-
-class _Terms(dict[str, Tensor]):
-    """The terms' losses by name, with the projections that they were computed from."""
-
-    def __init__(self, losses: Mapping[str, Tensor], projections: Projections) -> None:
-        super().__init__(losses)
-        self.projections = projections
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Layers with ``running_mean`` and ``momentum``, such as batch-norms, normalise by their batch,
-    as in training, but keep their running statistics."""
-    norms: list[Any] = [
-        each
-        for each in module.modules()
-        if hasattr(each, "running_mean") and hasattr(each, "momentum")
-    ]
-    momenta = [each.momentum for each in norms]
-    for each in norms:
-        each.momentum = 0.0
-    try:
-        yield
-    finally:
-        for each, momentum in zip(norms, momenta, strict=True):
-            each.momentum = momentum
-
-
-def _fresh_copy(module: nn.Module) -> nn.Module:
-    """The same architecture, initialised anew as far as its layers have ``reset_parameters``."""
-    fresh = copy.deepcopy(module)
-    for each in fresh.modules():
-        reset: Any = getattr(each, "reset_parameters", None)
-        if reset is not None:
-            reset()
-    return fresh

@@ -34,7 +34,6 @@ from grap_solo.methods import (
     takes_weighting,
     weighted_name,
 )
-from grap_solo.methods.composite import frozen_statistics
 from grap_solo.methods.losses import (
     barlow_twins_losses,
     covariance,
@@ -43,6 +42,7 @@ from grap_solo.methods.losses import (
     standardize,
     variance,
 )
+from grap_solo.methods.modules import frozen_statistics
 from grap_solo.solo import BaseMomentumMethod
 from grap_solo.solo.vibcreg import IterNorm
 from grap_solo.training.config import prepare

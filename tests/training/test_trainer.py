@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from grap_solo import ConfigError, balance, build_weighting
 from grap_solo.experiments.bench import count_operators, random_batch
 from grap_solo.methods import GrapAll4One
-from grap_solo.methods.composite import frozen_statistics
+from grap_solo.methods.modules import frozen_statistics
 from grap_solo.training.config import prepare
 from grap_solo.training.run import pretrain
 

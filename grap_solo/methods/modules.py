@@ -1,0 +1,39 @@
+"""Helpers for the modules of a method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Layers with ``running_mean`` and ``momentum``, such as batch-norms, normalise by their batch,
+    as in training, but keep their running statistics."""
+    norms: list[Any] = [
+        each
+        for each in module.modules()
+        if hasattr(each, "running_mean") and hasattr(each, "momentum")
+    ]
+    momenta = [each.momentum for each in norms]
+    for each in norms:
+        each.momentum = 0.0
+    try:
+        yield
+    finally:
+        for each, momentum in zip(norms, momenta, strict=True):
+            each.momentum = momentum
+
+
+def fresh_copy(module: nn.Module) -> nn.Module:
+    """The same architecture, initialised anew as far as its layers have ``reset_parameters``."""
+    fresh = copy.deepcopy(module)
+    for each in fresh.modules():
+        reset: Any = getattr(each, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    return fresh
