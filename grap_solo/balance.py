@@ -1,4 +1,5 @@
-"""Many losses into one scalar whose ordinary backward is GraP's step (arXiv 2605.07756, Alg. 1).
+"""Turns K losses into one scalar whose ordinary backward pass is GraP's step (arXiv 2605.07756,
+Alg. 1).
 
 Works in any PyTorch loop: it needs neither Lightning nor solo-learn.
 """
@@ -21,20 +22,25 @@ Rows = tuple[tuple[Tensor, ...], ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One step's scalar and what it was made of. All but ``loss`` and ``returned`` is detached.
+    """One step: the scalar to train on, and the tensors that it was computed from.
+
+    All tensors but ``loss`` and ``returned`` are detached.
 
     Attributes:
-        loss: the scalar to call ``backward()`` on, shape (). Its gradients are the step; where
-            the weighting uses gradients, its value means nothing.
-        losses: the plain value of each term that is not left out, shape ().
+        loss: the scalar to call ``backward()`` on, shape (). If the weighting needs gradients,
+            only its gradients mean something, not its value.
+        losses: the unweighted loss of each active term, shape ().
         downstream: the downstream head's loss, shape ().
         weights: the effective weights, shape (K,), in the order of ``weighting.terms``.
-        statistics: what the weighting has looked at: of the held-out batch, if there was one.
-        finite: whether all of this is finite, in every process, shape (): else leave the step out.
-        gradients: of each term by each view of the embeddings; empty where none were needed.
-        downstream_gradients: of the downstream loss by each view of the embeddings that it was
-            called with, shapes (B, D); empty where none were needed.
-        returned: the mapping that ``terms`` returned, as it is, with its graph.
+        statistics: the statistics that the weighting was given. They are those of the held-out
+            batch, if there was one.
+        finite: whether losses, statistics and weights are finite on every rank, shape (). If not,
+            skip the step.
+        gradients: for each term, its gradient by each view's embedding, (B, D); empty if the
+            weighting needs no gradients.
+        downstream_gradients: the downstream loss's gradient by each view's embedding, (B, D), of
+            the held-out batch if there was one; empty if the weighting needs no gradients.
+        returned: the mapping that ``terms`` returned, unchanged and with its graph.
     """
 
     loss: Tensor
@@ -49,9 +55,9 @@ class Step:
 
     @property
     def alignment(self) -> Tensor | None:
-        """The cosine of the composite and the downstream embedding gradient, shape ().
+        """The cosine between the composite and the downstream embedding gradient, shape ().
 
-        None where the weighting needs no gradients; NaN for a batch without labels.
+        None if the weighting needs no gradients; NaN for a batch without labels.
         """
         gramian, products = self.statistics.gramian, self.statistics.products
         norm = self.statistics.downstream_norm
@@ -62,12 +68,12 @@ class Step:
 
 
 class SharedHead:
-    """Weighs the gradients that reach a module which several terms share.
+    """Weights the gradients that reach a module which several terms share, such as a projector.
 
-    Call it with the module's output, once for each term, and compute the term from what it
-    returns. The values pass through; on the way back each term's gradient is multiplied so that
-    the module gets the effectively weighted sum of the terms' gradients, as the backbone does.
-    Without it the module gets the sum of what the terms' heads get.
+    Call it with the module's output, once for each term, and compute the term from the result.
+    The forward pass changes nothing. The backward pass multiplies each term's gradient, so that
+    the module is trained with the effective weights, as the backbone is. Without it the module is
+    trained with the weights of the terms' heads.
 
     Args:
         terms: the names of the K terms.
@@ -82,12 +88,13 @@ class SharedHead:
         return _scaled_gradient(output, lambda: 1.0 if self.scales is None else self.scales[k])
 
     def reset(self, scales: Tensor | None = None) -> None:
-        """Multiply by ``scales``, shape (K,), from now on; by 1 when None."""
+        """Sets the factors of the terms' gradients, shape (K,); None stands for 1."""
         self.scales = None if scales is None else scales.detach()
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by what ``scale`` returns at that time."""
+    """The identity. Its backward pass calls ``scale()`` and multiplies the gradient by the result:
+    the factors are only known after the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, scale: Callable[[], Tensor | float]) -> Tensor:
@@ -108,11 +115,11 @@ def _scaled_gradient(output: Tensor, scale: Callable[[], Tensor | float]) -> Ten
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A labelled batch that the pretraining losses are not trained on.
+    """A labelled batch that the terms are not trained on.
 
     Attributes:
-        embeddings: the backbone's output for it, as ``balance`` takes them, without gradient.
-        terms: the terms' losses on it, as ``balance`` takes them.
+        embeddings: its embeddings, one (B, D) for each view, without gradient.
+        terms: like :func:`balance`'s ``terms``, but computes the losses of this batch.
     """
 
     embeddings: Sequence[Tensor]
@@ -127,55 +134,60 @@ def balance(
     shared: SharedHead | None = None,
     held_out: HeldOut | None = None,
 ) -> Step:
-    """One scalar whose backward gives backbone, heads and downstream head their gradients.
+    """Returns a scalar whose backward pass trains the backbone, the heads and the downstream head.
 
-    With a weighting that needs gradients (Alg. 1), where ``z'`` is the detached embedding, ``G``
-    the terms' gradients by ``z'``, ``e`` the effective weights and ``h`` the heads' own, it is
+    For a weighting that needs gradients, the scalar is
 
         <z, e^T G> + sum_k h_k L_k(z') + L_down(z')
 
-    so that the backbone gets the weighted composite gradient, every head its own (``h`` is 1 in
-    Alg. 1), and the downstream head its own; the downstream loss reaches the backbone through
-    ``e``, and with ``weighting.downstream_weight``, which is 0 unless a rule says otherwise. With
-    any other weighting it is ``sum_k e_k L_k(z) + L_down(z')``: plain training.
+    where ``z`` is the embedding and ``z'`` the same detached, ``G`` holds the terms' gradients by
+    ``z'``, ``e`` are the effective weights, and ``h`` the weights of the heads (1 in Alg. 1). The
+    backbone gets the composite gradient ``e^T G``; every head gets the gradient of its own term,
+    and the downstream head that of its own loss. The downstream loss changes the backbone only
+    through ``e``, unless the rule sets ``weighting.downstream_weight``, which is 0 by default.
 
-    The inner gradients are taken by ``z'`` only, so the hooks of parameters (DDP's among them)
-    fire once, in the one real backward. In a process group the Gramian and the products are those
-    of the joined batch, at the cost of one all-reduce (two with ``held_out``): K*K + K numbers, the
-    downstream norm, whether all is finite, and K more for a rule that looks at the losses.
+    For any other weighting the scalar is ``sum_k e_k L_k(z) + L_down(z')``: plain training.
 
-    Where the heads run in float16, the inner gradients are multiplied by ``weighting.inner_scale``
-    on their way, and divided by it in float32: below 6e-8 they would be 0. A step for which the
-    scale was too large is not finite; the next one has half of it. It has nothing to do with the
-    trainer's own scale.
+    The gradients ``G`` are taken by ``z'`` only. The hooks of parameters, such as DDP's, therefore
+    fire once, in the real backward pass. In a process group the Gramian and the products are those
+    of the joined batch. This costs one all-reduce (two with ``held_out``) of K*K + K + 2 numbers,
+    and K more for a rule that uses the losses.
+
+    If the heads run in float16, gradients below 6e-8 would vanish. The losses are therefore
+    multiplied by ``weighting.inner_scale`` before ``G`` is taken, and ``G`` is divided by it in
+    float32. If the scale is too large, the step is not finite and the scale is halved. It is
+    independent of the trainer's gradient scaler.
 
     Args:
-        embeddings: the backbone's output, (B, D), or a sequence of them, one for each view.
-        terms: called with the embeddings, one argument each; returns every term's loss, shape
-            (), by name. Those that are not in ``weighting.active`` may be left out.
-        downstream: called likewise; returns the downstream head's loss, shape (). For a batch
-            without labels it must be 0 rather than NaN.
-        weighting: turns the step's statistics into effective weights; it learns from them while
+        embeddings: the backbone's output, (B, D), or a sequence with one such tensor a view.
+        terms: called with one embedding a view; returns the loss of every term, shape (), by name.
+            Terms that are not in ``weighting.active`` may be missing.
+        downstream: called with one embedding a view; returns the downstream head's loss, shape ().
+            For a batch without labels it must return 0, not NaN.
+        weighting: turns the step's statistics into effective weights. It learns from them while
             it is in training mode.
-        shared: see :class:`SharedHead`; the one that ``terms`` applies, if any.
-        held_out: a labelled batch that takes this one's place for the weighting and for
-            ``downstream``, which is then called with its embeddings.
+        shared: the :class:`SharedHead` that ``terms`` applies, if any.
+        held_out: a labelled batch to take the weighting's statistics from, in place of this batch.
+            ``downstream`` is then called with the embeddings of the held-out batch.
 
     Raises:
-        ConfigError: ``terms`` returned other names than the weighting has, ``held_out`` is given
-            to a weighting whose downstream loss trains the backbone, or a head was compiled so
-            that no more than one gradient can pass it.
+        ConfigError: if ``terms`` returned other names than the weighting has, if ``held_out`` is
+            given although the downstream loss trains the backbone, or if ``torch.compile`` made a
+            head that lets only one gradient through.
     """
     views = (embeddings,) if isinstance(embeddings, Tensor) else tuple(embeddings)
     labelled = views if held_out is None else tuple(held_out.embeddings)
     if held_out is not None and weighting.downstream_weight:
-        raise ConfigError("held_out: the downstream loss trains the backbone: leave it out")
+        raise ConfigError(
+            "held_out: the downstream loss trains the backbone, so labels cannot be held out: "
+            "leave held_out out"
+        )
     if shared is not None:
         shared.reset()
     if weighting.needs_gradients:
-        step = _from_gradients(views, labelled, terms, downstream, weighting, shared, held_out)
+        step = _step_with_gradients(views, labelled, terms, downstream, weighting, shared, held_out)
     else:
-        step = _plain(views, labelled, terms, downstream, weighting)
+        step = _step_without_gradients(views, labelled, terms, downstream, weighting)
     extra = weighting.extra_loss(step.statistics.losses)
     return replace(
         step,
@@ -187,16 +199,16 @@ def balance(
     )
 
 
-def _plain(
+def _step_without_gradients(
     views: Sequence[Tensor],
     labelled: Sequence[Tensor],
     terms: Callable[..., Mapping[str, Tensor]],
     downstream: Callable[..., Tensor],
     weighting: Weighting,
 ) -> Step:
-    """``sum_k e_k L_k(z) + L_down(z')``; nothing of it is detached yet."""
+    """Plain training, ``sum_k e_k L_k(z) + L_down(z')``. The caller detaches the results."""
     returned = terms(*views)
-    losses = _in_order(returned, weighting, views[0])
+    losses = _order_losses(returned, weighting, views[0])
     part = weighting.downstream_weight
     down = downstream(
         *(_scaled_gradient(each, lambda: part) if part else each.detach() for each in labelled)
@@ -214,7 +226,7 @@ def _plain(
     )
 
 
-def _from_gradients(
+def _step_with_gradients(
     views: Sequence[Tensor],
     labelled: Sequence[Tensor],
     terms: Callable[..., Mapping[str, Tensor]],
@@ -223,16 +235,16 @@ def _from_gradients(
     shared: SharedHead | None,
     held_out: HeldOut | None,
 ) -> Step:
-    """``<z, e^T G> + sum_k h_k L_k(z') + L_down(z')``; its losses are not detached yet."""
+    """Alg. 1, ``<z, e^T G> + sum_k h_k L_k(z') + L_down(z')``. The caller detaches the results."""
     leaves = tuple(view.detach().requires_grad_() for view in views)
     returned = terms(*leaves)
-    losses = _in_order(returned, weighting, views[0])
+    losses = _order_losses(returned, weighting, views[0])
     seen_leaves, seen = leaves, losses
     if held_out is not None:
         seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
-        seen = _in_order(held_out.terms(*seen_leaves), weighting, views[0])
+        seen = _order_losses(held_out.terms(*seen_leaves), weighting, views[0])
     down = downstream(*seen_leaves)
-    half = _is_half(views[0])
+    half = _run_in_float16(views[0])
     scale = weighting.inner_scale if half else None
     with torch.autocast(views[0].device.type, enabled=False):
         rows = stack_by_view([take_gradient(each, leaves, scale) for each in losses])
@@ -270,18 +282,18 @@ def _from_gradients(
     )
 
 
-def _in_order(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) -> list[Tensor]:
-    """The losses in the order of the weighting's terms, with 0 for a term that it leaves out."""
+def _order_losses(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) -> list[Tensor]:
+    """The losses in the order of ``weighting.terms``; 0 for a term that is not active."""
     if not set(weighting.active) <= set(losses) <= set(weighting.terms):
         raise ConfigError(
             f"terms: the weighting is for {', '.join(weighting.active)}, "
-            f"but the losses given are {', '.join(losses)}: make the names agree"
+            f"but the losses are {', '.join(losses)}: give both the same names"
         )
     zero = torch.zeros((), device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     return [losses.get(name, zero) for name in weighting.terms]
 
 
-def _is_half(embedding: Tensor) -> bool:
+def _run_in_float16(embedding: Tensor) -> bool:
     """Whether the heads run in float16."""
     device = embedding.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)

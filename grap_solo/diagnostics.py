@@ -1,4 +1,4 @@
-"""What the gradients of one step say about each other: cheap, from its K x K statistics."""
+"""Cosines and norms of one step's gradients, computed cheaply from its K x K statistics."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from grap_solo.weighting.grap import objective_gradient
 
 
 def diagnostic_names(terms: Sequence[str]) -> list[str]:
-    """What :func:`diagnose` returns, in its order:
+    """The names of the numbers that :func:`diagnose` returns, in its order:
 
-    - ``alignment``: the cosine of the composite and the downstream embedding gradient;
-    - ``alignment/<term>``: that of the term's gradient and the downstream one;
+    - ``alignment``: the cosine between the composite and the downstream embedding gradient;
+    - ``alignment/<term>``: the cosine between the term's and the downstream embedding gradient;
     - ``norm/<term>``: the Euclidean norm of the term's embedding gradient;
-    - ``gramian/<a>/<b>``: the cosine of two terms' gradients, for each pair.
+    - ``gramian/<a>/<b>``: the cosine between two terms' embedding gradients, for each pair.
 
     Args:
         terms: the names of the K terms.
@@ -36,8 +36,11 @@ def diagnostic_names(terms: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def diagnose(step: Step) -> Tensor | None:
-    """One number for each name of :func:`diagnostic_names`, on the step's device; None for a
-    step without gradients. A cosine with a gradient that is 0 is NaN.
+    """Computes the cosines and norms of a step's gradients.
+
+    Returns:
+        One number for each name of :func:`diagnostic_names`, on the step's device, or None for a
+        step without gradients. A cosine with a gradient of 0 is NaN.
     """
     gramian, products = step.statistics.gramian, step.statistics.products
     norm, alignment = step.statistics.downstream_norm, step.alignment
@@ -52,21 +55,27 @@ def diagnose(step: Step) -> Tensor | None:
 def parameter_space_cosine(
     step: Step, down: Sequence[Tensor], embeddings: Sequence[Tensor], backbone: nn.Module
 ) -> Tensor:
-    """How well the embedding stands for the backbone's parameters (arXiv 2605.07756, Eq. 12, 15).
+    """Measures how well embedding gradients stand in for gradients by the backbone's parameters
+    (arXiv 2605.07756, Eq. 12 and 15).
 
-    The cosine, shape (), of two gradients of the alignment by the weights: with the terms' and
-    the downstream gradients by the backbone's parameters, and with those by the embeddings. It
-    costs K + 1 backward passes through the backbone and as many copies of its gradients: a
-    yardstick for small networks.
+    GraP moves the weights along the gradient of the alignment. This function computes that
+    gradient twice, from gradients by the backbone's parameters and from embedding gradients, and
+    compares the two. It costs K + 1 backward passes through the backbone and as many copies of its
+    gradients: use it for small networks.
 
     Args:
-        step: of a weighting that needs gradients, before its backward.
-        down: the downstream loss's gradient by each view of the embeddings, (B, D).
-        embeddings: the views' embeddings as the backbone returned them, (B, D).
-        backbone: where they come from.
+        step: a step of a weighting that needs gradients, before its backward pass.
+        down: the downstream gradient by each view's embedding, (B, D).
+        embeddings: each view's embedding with its graph, as the backbone returned it, (B, D).
+        backbone: the network that computed the embeddings.
+
+    Returns:
+        The cosine between the two gradients of the alignment by the weights, shape ().
     """
     parameters = [each for each in backbone.parameters() if each.requires_grad]
-    rows = torch.stack([_by_parameters(embeddings, g, parameters) for g in (*step.gradients, down)])
+    rows = torch.stack(
+        [_take_parameter_gradient(embeddings, g, parameters) for g in (*step.gradients, down)]
+    )
     gramian = rows @ rows.T
     weights = step.weights.to(gramian)
     statistics = step.statistics
@@ -78,11 +87,11 @@ def parameter_space_cosine(
     return F.cosine_similarity(in_parameters, in_embeddings.to(gramian), dim=0)
 
 
-def _by_parameters(
+def _take_parameter_gradient(
     embeddings: Sequence[Tensor], gradients: Iterable[Tensor], parameters: Sequence[Tensor]
 ) -> Tensor:
-    """The gradient by all parameters in one vector, from that by the embeddings; the mean over
-    all processes."""
+    """Carries a gradient by the embeddings back to the parameters: one vector, the mean over all
+    ranks."""
     outputs = [g.to(z.dtype) for z, g in zip(embeddings, gradients, strict=True)]
     found = torch.autograd.grad(
         list(embeddings), parameters, outputs, retain_graph=True, materialize_grads=True

@@ -1,4 +1,4 @@
-"""What the processes of one training tell each other; with one process it is what it has."""
+"""Communication between the ranks of a distributed run; every function also works without one."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """The number of ranks; 1 outside a distributed run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """The number of this process among the ranks, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:
-    """The mean of all processes' tensors, without gradient."""
+    """The mean of all ranks' tensors, without gradient."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
@@ -27,7 +27,7 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """All processes' tensors joined along the first dimension, without gradient."""
+    """All ranks' tensors, joined along the first dimension, without gradient."""
     if world_size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world_size())]

@@ -1,4 +1,4 @@
-"""The gradients of losses by the embedding, and their statistics over all ranks."""
+"""Embedding gradients of the losses, and their statistics over all ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,19 @@ from grap_solo.weighting.base import Statistics, Weighting
 def take_gradient(
     loss: Tensor, leaves: Sequence[Tensor], scale: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The loss's gradient by each leaf, in float32 or better; zeros where it does not reach.
+    """The gradient of a loss by each leaf, in float32 or better.
 
-    With a scale it is multiplied by that on its way."""
+    It is 0 for a leaf that the loss does not depend on.
+
+    Args:
+        loss: shape ().
+        leaves: the detached embeddings of the views, (B, D).
+        scale: a factor for the backward pass, shape (), that keeps float16 gradients from
+            underflowing. The result is divided by it.
+
+    Raises:
+        ConfigError: ``torch.compile`` made a head that lets only one gradient through.
+    """
     gradients: Sequence[Tensor] = [torch.zeros_like(leaf) for leaf in leaves]
     if loss.requires_grad:
         try:
@@ -35,21 +45,29 @@ def take_gradient(
             if "donated buffers" not in str(error):
                 raise
             raise ConfigError(
-                "terms: a head that torch.compile has compiled lets a gradient through only once: "
-                "leave it uncompiled, or set torch._functorch.config.donated_buffer = False first"
+                "terms: a head that torch.compile has compiled lets only one gradient through: "
+                "do not compile it, or set torch._functorch.config.donated_buffer = False first"
             ) from error
     wide = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in gradients)
     return tuple(each if scale is None else each / scale for each in wide)
 
 
 def stack_by_view(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """For each view the terms' gradients by it, (K, B, D)."""
+    """Stacks the terms' gradients by view: one (K, B, D) a view.
+
+    Args:
+        rows: for each of the K terms, its gradient by each view's embedding, (B, D).
+    """
     return [torch.stack(view) for view in zip(*rows, strict=True)]
 
 
 class Measured(NamedTuple):
-    """A batch's statistics, and whether all that they were taken from is finite, in every process,
-    shape ()."""
+    """The statistics of a batch.
+
+    Attributes:
+        statistics: of the joined batch of all ranks.
+        finite: whether the losses and the statistics are finite on every rank, shape ().
+    """
 
     statistics: Statistics
     finite: Tensor
@@ -62,14 +80,22 @@ def measure(
     rows: Sequence[Tensor] = (),
     down: Sequence[Tensor] | None = None,
 ) -> Measured:
-    """The losses, and the Gramian, products and downstream norm of the gradients over all views.
+    """The losses, the Gramian, the products and the downstream norm, summed over all views.
 
-    Over N processes the joined batch's loss is the mean of theirs, so each process's embeddings
-    have 1/N of their gradient here: the sums are divided by N^2, the losses by N.
+    On N ranks the loss of the joined batch is the mean of the ranks' losses. The gradient by an
+    embedding is therefore 1/N of the gradient on its own rank: the sums of products are divided by
+    N^2, and the losses by N.
+
+    Args:
+        weighting: says whether the losses are needed from all ranks.
+        losses: of the K terms, each shape ().
+        downstream: the downstream loss, shape ().
+        rows: the terms' gradients, one (K, B, D) a view; empty if none are needed.
+        down: the downstream gradient, one (B, D) a view.
     """
     values = torch.stack(list(losses)).detach()
     bad = ~(values.isfinite().all() & downstream.detach().isfinite())
-    parts: list[Tensor] = []  # Gramian, products, square of the norm: as many as there are.
+    parts: list[Tensor] = []  # The Gramian, the products, the squared norm: those that exist.
     if rows:
         matrices = [each.flatten(1) for each in rows]
         parts.append(torch.stack([each @ each.T for each in matrices]).sum(0))

@@ -1,8 +1,8 @@
-"""The composite methods by name. Importing this adds the ``grap_*`` ones to solo-learn's, if
-installed.
+"""The composite methods by name.
 
-A new method is a class beside these and a line in ``METHODS``, or a class of one's own, which a
-configuration names by ``method: package.module:Class``.
+Importing this package adds the ``grap_*`` methods to solo-learn's, if solo-learn is installed. To
+add a method, write a class beside these and a line in ``METHODS``; or name a class of your own in
+the configuration, ``method: package.module:Class``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from importlib import import_module
 
-import grap_solo.compose  # noqa: F401 (hydra then finds what the configuration files share)
+import grap_solo.compose  # noqa: F401 (lets hydra find the files that configurations share)
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods.all4one import GrapAll4One
 from grap_solo.methods.barlow_twins import GrapBarlowTwins
@@ -27,8 +27,8 @@ METHODS: dict[str, type[CompositeMethod]] = {
     "vibcreg": GrapVIbCReg,
     "barlow_twins": GrapBarlowTwins,
 }
-"""The class of each method. ``<name>`` trains it with its reference weights, ``grap_<name>`` with
-those of a ``weighting:`` block."""
+"""The class of each method. ``method: <name>`` trains it with its reference weights,
+``method: grap_<name>`` with a ``weighting:`` block."""
 
 WEIGHTED = "grap_"
 
@@ -50,14 +50,14 @@ __all__ = [
 
 
 def find_method(name: str) -> type[CompositeMethod]:
-    """The class of a method.
+    """Returns the class of a method.
 
     Args:
-        name: of ``METHODS``, with or without ``grap_``; or ``package.module:Class``, found on
-            Python's path or in the current folder.
+        name: a name of ``METHODS``, with or without ``grap_``; or ``package.module:Class``, which
+            is imported from Python's path or from the current folder.
 
     Raises:
-        ConfigError: an unknown name, or a path that does not lead to a composite method.
+        ConfigError: if the name is unknown, or the path does not lead to a composite method.
     """
     if ":" in name:
         return _import_method(name)
@@ -67,8 +67,8 @@ def find_method(name: str) -> type[CompositeMethod]:
 
 
 def takes_weighting(name: str) -> bool:
-    """Whether a method of this name has a ``weighting:`` block: it does not if it stands for the
-    reference weights."""
+    """Whether a method of this name takes a ``weighting:`` block. A plain name of ``METHODS`` does
+    not: it stands for the reference weights."""
     return name not in METHODS
 
 
@@ -86,7 +86,7 @@ def _import_method(path: str) -> type[CompositeMethod]:
     except (Exception, SystemExit) as error:  # A user's module may raise anything.
         line = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"method: {module_name} cannot be imported ({type(error).__name__}: {line}): mend it, "
+            f"method: {module_name} cannot be imported ({type(error).__name__}: {line}): fix it, "
             "or put its folder on PYTHONPATH"
         ) from error
     found = getattr(module, class_name, None)
@@ -97,7 +97,7 @@ def _import_method(path: str) -> type[CompositeMethod]:
         )
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
-        raise ConfigError(f"method: {path}: it has no {missing}: write that")
+        raise ConfigError(f"method: {path}: it lacks {missing}: define it")
     for name, key in found.method_keys.items():
         if not isinstance(key, Key):
             raise ConfigError(f"method: {path}: method_keys: '{name}' is no Key: write Key(int, 1)")

@@ -24,14 +24,15 @@ ATTENTION_TEMPERATURE = 0.1
 
 @dataclass(frozen=True)
 class Targets:
-    """What one step's terms compare with; no gradient flows into any of it.
+    """The targets of one step's terms, all without gradient.
 
     Attributes:
-        neighbours: for each view, the queue's entries nearest to it, (B, 5, proj_output_dim).
-        momentum: for each term that has a momentum target, its normalised projections of each
-            view, (B, proj_output_dim).
-        nearest: the place in the queue of the nearest entry of each sample of the first view,
-            (B,); None where no term needs neighbours.
+        neighbours: for each view, the 5 queue entries nearest to each sample,
+            (B, 5, proj_output_dim); empty if no term needs neighbours.
+        momentum: for each term with a momentum target, the normalised momentum projections of
+            each view, (B, proj_output_dim).
+        nearest: for each sample of the first view, the index in the queue of its nearest entry,
+            (B,); None if no term needs neighbours.
     """
 
     neighbours: Views
@@ -45,23 +46,23 @@ class GrapAll4One(CompositeMethod, All4One):
     The terms, each a mean over the batch and over both views:
 
     - ``nnclr``: contrasts the predictor's output with the nearest neighbour in the queue;
-    - ``attn_nnclr``: contrasts the transformer's first token over 5 neighbours with that over the
-      sequence shifted by the second predictor's output;
+    - ``attn_nnclr``: runs the transformer over 5 neighbours, and over the sequence that the
+      second predictor's output and 4 neighbours form, and contrasts the first tokens of the two;
     - ``byol``: invariance, the diagonal of the cross-correlation with the momentum projections,
       ``sqrt(mean (c_ii - 1)^2)``;
-    - ``barlow``: redundancy reduction, its off-diagonal, ``sqrt(mean c_ij^2)``;
-    - ``feature``: ``(byol + barlow) / 2``, in place of the two.
+    - ``barlow``: redundancy reduction, the off-diagonal of the same, ``sqrt(mean c_ij^2)``;
+    - ``feature``: ``(byol + barlow) / 2``, which replaces the two.
 
     Args:
-        cfg: see :class:`~grap_solo.methods.composite.CompositeMethod`. Of ``method_kwargs``,
-            ``join_feature_loss`` has ``feature`` in place of ``byol`` and ``barlow``. With
-            ``separate_projectors``, ``nnclr`` has All4One's own projector, which feeds the queue
-            that both neighbour terms read; ``attn_nnclr`` has an online one; the others have an
-            online one and its momentum copy.
+        cfg: see :class:`~grap_solo.methods.composite.CompositeMethod`.
+            ``method_kwargs.join_feature_loss`` replaces ``byol`` and ``barlow`` by ``feature``.
+            With ``method_kwargs.separate_projectors``, ``nnclr`` uses All4One's own projector,
+            which also fills the queue that both neighbour terms read; every other term gets a
+            projector of its own, and all of these but ``attn_nnclr``'s a momentum copy.
 
     Raises:
-        ConfigError: see :class:`~grap_solo.methods.composite.CompositeMethod`; or separate
-            projectors with weight for ``attn_nnclr`` and none for ``nnclr``.
+        ConfigError: see :class:`~grap_solo.methods.composite.CompositeMethod`; or if projectors
+            are separate and ``attn_nnclr`` has weight while ``nnclr`` has none.
     """
 
     method_keys = {
@@ -83,13 +84,14 @@ class GrapAll4One(CompositeMethod, All4One):
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         for module in self.pos_enc.modules():
-            if hasattr(module, "cached_penc"):  # solo-learn's buffer, which would be saved and
-                del module.cached_penc  # averaged, has the shape of the last batch.
+            # solo-learn's buffer has the shape of the last batch: it must not be saved or averaged.
+            if hasattr(module, "cached_penc"):
+                del module.cached_penc
                 vars(module)["cached_penc"] = None
         if self.separate and {"nnclr", "attn_nnclr"} & set(self.weighting.active) == {"attn_nnclr"}:
             raise ConfigError(
-                "weighting.weights.nnclr: with separate projectors its projector feeds the queue "
-                "that attn_nnclr reads: give it some weight, or attn_nnclr none"
+                "weighting.weights.nnclr: with separate projectors, the queue that attn_nnclr "
+                "reads is filled by nnclr's projector: give nnclr some weight, or attn_nnclr none"
             )
         self.momentum_projectors = nn.ModuleDict(
             {
@@ -101,7 +103,7 @@ class GrapAll4One(CompositeMethod, All4One):
 
     @staticmethod
     def reference_weights(cfg: DictConfig) -> dict[str, float]:
-        """The weights with which All4One adds its terms up."""
+        """The weights with which All4One sums its terms."""
         if cfg.method_kwargs.join_feature_loss:
             return {"nnclr": 0.5, "attn_nnclr": 0.5, "feature": 5.0}
         return {"nnclr": 0.5, "attn_nnclr": 0.5, "byol": 2.5, "barlow": 2.5}
@@ -111,7 +113,7 @@ class GrapAll4One(CompositeMethod, All4One):
         dim = cfg.method_kwargs.proj_output_dim
         if dim % 8:
             raise ConfigError(
-                f"method_kwargs.proj_output_dim: {dim} cannot be split among the transformer's 8 "
+                f"method_kwargs.proj_output_dim: {dim} cannot be divided among the transformer's 8 "
                 "attention heads: use a multiple of 8"
             )
 
@@ -123,14 +125,14 @@ class GrapAll4One(CompositeMethod, All4One):
 
     @property
     def momentum_pairs(self) -> list[tuple[Any, Any]]:
-        """The base's pairs and the separate projectors'."""
+        """The base's pairs, and the separate projectors with their momentum copies."""
         separate = [(self.projectors[k], m) for k, m in self.momentum_projectors.items()]
         return [*super().momentum_pairs, *separate]
 
     # ---- the terms ----------------------------------------------------------------------------
 
     def make_targets(self, outputs: Mapping[str, Any]) -> Targets:
-        """The momentum projections and, where a term needs them, the neighbours in the queue."""
+        """Returns the momentum projections and, if a term needs them, the queue's neighbours."""
         views, feats = outputs["momentum_z"], outputs["momentum_feats"]
         momentum: dict[str, Views] = {
             term: [F.normalize(projector(each), dim=-1) for each in feats]
@@ -169,7 +171,7 @@ class GrapAll4One(CompositeMethod, All4One):
         return losses
 
     def _attention_term(self, projections: Views, neighbours: Views) -> Tensor:
-        """Both views' centroids against the other view's shifted sequence, shape ()."""
+        """Contrasts each view's centroid with the other view's shifted sequence, shape ()."""
         shifted = [
             torch.cat([self.predictor2(z)[:, None], near], dim=1)[:, :NEIGHBOURS]
             for z, near in zip(projections, neighbours, strict=True)
@@ -189,7 +191,8 @@ class GrapAll4One(CompositeMethod, All4One):
     def after_step(
         self, step: Step, outputs: Mapping[str, Any], targets: Targets | None, batch: Sequence[Any]
     ) -> dict[str, Tensor]:
-        """Fills the queue; solo-learn's metrics of All4One, of the active terms."""
+        """Fills the queue, and returns those of solo-learn's All4One metrics that the active terms
+        allow."""
         if targets is None:
             return {}
         indexes, _, labels = batch
@@ -207,7 +210,7 @@ class GrapAll4One(CompositeMethod, All4One):
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, z: Tensor, y: Tensor, idx: Tensor) -> None:
-        """Puts a batch into the queue, whatever their sizes, in place of its oldest entries.
+        """Replaces the oldest entries of the queue by a batch. Any two sizes work.
 
         Args:
             z: normalised momentum projections, (B, proj_output_dim).
@@ -223,7 +226,7 @@ class GrapAll4One(CompositeMethod, All4One):
         self.queue_ptr.add_(len(z)).remainder_(size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes solo-learn's checkpoints too, which hold a batch's positional encoding."""
+        """Drops the positional encoding of a batch, which solo-learn's checkpoints hold."""
         state = checkpoint["state_dict"]
         for key in [key for key in state if key.endswith("cached_penc")]:
             del state[key]

@@ -15,14 +15,14 @@ from grap_solo.solo.projected import BarlowTwins
 class GrapBarlowTwins(CompositeMethod, BarlowTwins):
     """Barlow Twins whose terms are weighted by a ``weighting:`` block instead of constants.
 
-    The terms, on the cross-correlation ``c`` of both views' projections:
+    The terms are computed from the cross-correlation ``c`` of both views' projections:
 
     - ``on_diagonal``: invariance, ``sum_i (c_ii - 1)^2``;
     - ``off_diagonal``: redundancy reduction, ``sum_ij c_ij^2`` for ``i != j``.
 
-    Over several processes ``c`` is that of the joined batch, as in the authors' code. solo-learn
-    standardises each process's part by itself, and divides the gradient by the number of processes,
-    since its all-reduce lets none through.
+    On several ranks ``c`` is computed from the joined batch, as in the authors' code. solo-learn
+    differs: it standardises each rank's batch separately, and its gradient is divided by the number
+    of ranks, because no gradient passes its all-reduce.
 
     Args:
         cfg: see :class:`~grap_solo.methods.composite.CompositeMethod`.
@@ -41,7 +41,7 @@ class GrapBarlowTwins(CompositeMethod, BarlowTwins):
 
     @staticmethod
     def reference_weights(cfg: DictConfig) -> dict[str, float]:
-        """solo-learn's scale, and that times lambda."""
+        """``scale_loss``, and ``scale_loss * lamb``."""
         scale, lamb = cfg.method_kwargs.scale_loss, cfg.method_kwargs.lamb
         return {"on_diagonal": scale, "off_diagonal": scale * lamb}
 

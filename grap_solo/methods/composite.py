@@ -1,6 +1,6 @@
-"""One training step of a composite method, whatever its terms are.
+"""The training step of every composite method.
 
-A method's own file holds its terms and nothing else: see :class:`CompositeMethod`.
+A method's own file holds only its terms: see "What a method gives" in :class:`CompositeMethod`.
 """
 
 from __future__ import annotations
@@ -54,33 +54,36 @@ class Key:
 class CompositeMethod(RecordedMethod, ABC):
     """A self-supervised method of two views whose loss is a weighted sum of terms.
 
-    The weights come from a ``weighting:`` block. The downstream head is the online probe. Labels of
-    -1 are ignored. A method of one's own derives from this class, or from it and
-    :class:`~grap_solo.solo.BaseMomentumMethod` for one with a momentum network, and gives
+    The weights come from a ``weighting:`` block. The downstream head is the online probe, which
+    ignores labels of -1.
 
-    - :meth:`reference_weights`: the method's terms with the weights that it has by itself;
-    - :meth:`compute_terms`: each term's loss from the projections of both views;
-    - :meth:`build_networks`: its modules, in most cases a ``self.projector``;
+    To write a method, derive from this class; for a method with a momentum network, from this class
+    and :class:`~grap_solo.solo.BaseMomentumMethod`. Define
 
-    and where the method has such, :meth:`heads`, :meth:`make_targets`, :meth:`after_step` and
-    :attr:`method_keys`. A configuration names it by ``method: package.module:Class``.
+    - :meth:`reference_weights`: the names of the terms and their reference weights;
+    - :meth:`compute_terms`: the loss of each term, from the projections of both views;
+    - :meth:`build_networks`: the method's modules, usually a ``self.projector``;
+
+    and, if the method needs them, :meth:`heads`, :meth:`make_targets`, :meth:`after_step`,
+    :meth:`check_config` and :attr:`method_keys`. A configuration then names the class by
+    ``method: package.module:Class``.
 
     Args:
-        cfg: solo-learn's configuration of the method, and besides it
+        cfg: solo-learn's configuration of the method, with these additional keys:
 
-            - ``weighting``: see :func:`~grap_solo.weighting.build_weighting`; GraP when absent;
+            - ``weighting``: see :func:`~grap_solo.weighting.build_weighting`; the default is GraP;
             - ``diagnostics.parameter_space_every``: steps between two measurements of
               :func:`~grap_solo.diagnostics.parameter_space_cosine`; 0, the default, for none;
-            - ``diagnostics.max_skipped_steps``: how many steps in a row may be left out because
-              their loss or gradients are not finite, before the run is stopped;
+            - ``diagnostics.max_skipped_steps``: the run stops after this many steps in a row whose
+              loss or gradients are not finite; each such step is skipped;
             - ``performance.compile``: whether ``torch.compile`` compiles the backbone and the
-              momentum networks. The other heads are left as they are: a compiled one computes
-              its parameters' gradients in each of the K inner passes too;
-            - ``method_kwargs.separate_projectors``: a projector for each term, as GraP's paper has
-              it, instead of one that they share. The first term has ``self.projector``.
+              momentum networks. Heads are not compiled: a compiled head would also compute its
+              parameters' gradients in each of the K inner passes;
+            - ``method_kwargs.separate_projectors``: whether each term has a projector of its own,
+              as in GraP's paper, or all terms share one. The first term uses ``self.projector``.
 
     Raises:
-        ConfigError: a ``weighting`` block that cannot be used, or an unknown backbone.
+        ConfigError: if the ``weighting`` block cannot be used, or the backbone is unknown.
     """
 
     _OPTIMIZERS = {**BaseMethod._OPTIMIZERS, "lars": lars}
@@ -92,14 +95,14 @@ class CompositeMethod(RecordedMethod, ABC):
     """The name under which the reference-weighted sum of the terms is logged."""
 
     term_metrics: ClassVar[Mapping[str, str]] = {}
-    """The names under which terms are logged, if not ``train_<term>_loss``."""
+    """The names of terms that are not logged as ``train_<term>_loss``."""
 
     # ---- what a method gives ------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
     def reference_weights(cfg: DictConfig) -> dict[str, float]:
-        """The terms, in order, with the weights that the method itself adds them up with.
+        """The terms, in order, with the weights that the method itself sums them with.
 
         Args:
             cfg: the configuration, with the defaults of :attr:`method_keys`.
@@ -107,54 +110,63 @@ class CompositeMethod(RecordedMethod, ABC):
 
     @abstractmethod
     def compute_terms(self, projections: Projections, targets: Any) -> dict[str, Tensor]:
-        """The losses, each shape (), by name, of the terms that ``projections`` has.
+        """Returns the loss of each term in ``projections``, by name, each shape ().
 
-        Over several processes a loss is that of this process; what is gathered from the others
-        must be gathered with its gradient.
+        On several ranks, return the loss of this rank. A tensor gathered from the other ranks must
+        keep its gradient: use :func:`~grap_solo.methods.losses.gather_with_gradient`.
 
         Args:
-            projections: for each term that is not left out, the projections of both views, each
-                (B, proj_output_dim); embeddings, (B, D), of a method without a projector.
-            targets: what :meth:`make_targets` returned.
+            projections: for each active term, the projections of both views, each
+                (B, proj_output_dim). Without a projector they are the embeddings, (B, D).
+            targets: the targets that :meth:`make_targets` returned.
         """
 
     def build_networks(self) -> None:
-        """Makes the method's own modules, where its base class has not. ``self.features_dim`` is
-        the embedding's dimension D; a ``self.projector`` is applied to each view's embedding."""
+        """Builds the modules that the base class has not built.
+
+        ``self.features_dim`` is the embedding's dimension D. If there is a ``self.projector``, it
+        is applied to each view's embedding."""
 
     def heads(self) -> dict[str, Sequence[nn.Module]]:
-        """The modules that a term uses behind the projector, by the term's name. A module is not
-        trained if every term that uses it is left out."""
+        """The modules that each term applies to the projections, by the term's name.
+
+        A module is frozen if no active term uses it."""
         return {}
 
     def make_targets(self, outputs: Mapping[str, Any]) -> Any:
-        """Returns the tensors that the terms compare with. Called without gradient, unless every
-        term is left out: the targets are None then.
+        """Returns the targets of the terms: the tensors they compare projections with.
+
+        Called without gradient. If no term is active, it is not called and the targets are None.
 
         Args:
-            outputs: ``feats``, and of a method with a momentum network ``momentum_feats`` and
-                whatever else its ``momentum_forward`` returns: a list of a tensor for each view.
+            outputs: lists with one tensor a view: ``feats``, the embeddings; for a method with a
+                momentum network also ``momentum_feats`` and the other outputs of its
+                ``momentum_forward``, each with the prefix ``momentum_``.
         """
         return None
 
     def after_step(
         self, step: Step, outputs: Mapping[str, Any], targets: Any, batch: Sequence[Any]
     ) -> dict[str, Tensor]:
-        """Updates what the method keeps, such as a queue, and returns its own metrics, each shape
-        (). Called without gradient, before the backward pass, unless the step is skipped.
+        """Updates the method's state, such as a queue, and returns its own metrics, each shape ().
+
+        Called without gradient before the backward pass. It is not called for a skipped step.
 
         Args:
-            step: what :func:`~grap_solo.balance.balance` made of the terms.
+            step: the result of :func:`~grap_solo.balance.balance`.
             outputs: see :meth:`make_targets`.
-            targets: what :meth:`make_targets` returned.
+            targets: the targets that :meth:`make_targets` returned.
             batch: ``[indexes, [view1, view2], labels]``.
         """
         return {}
 
     @classmethod
     def check_config(cls, cfg: DictConfig) -> None:
-        """Refuses values of :attr:`method_keys` that do not fit each other, with a
-        :class:`~grap_solo.errors.ConfigError`."""
+        """Checks values of ``method_kwargs`` that must fit each other.
+
+        Raises:
+            ConfigError: if they do not.
+        """
 
     # ---- construction -------------------------------------------------------------------------
 
@@ -184,8 +196,8 @@ class CompositeMethod(RecordedMethod, ABC):
                 )
             for term in self.weighting.terms[1:]:
                 self.projectors[term] = fresh_copy(self._own_projector)
-        self._freeze_what_no_term_uses()
-        if self.cfg.performance.compile:  # In their place: state dicts keep their names.
+        self._freeze_unused_modules()
+        if self.cfg.performance.compile:  # Module.compile keeps the names in state dicts.
             for name in ("backbone", "momentum_backbone", "momentum_projector"):
                 if hasattr(self, name):
                     getattr(self, name).compile()
@@ -200,11 +212,11 @@ class CompositeMethod(RecordedMethod, ABC):
 
     @property
     def _own_projector(self) -> nn.Module | None:
-        """``self.projector``; None of a method without one."""
+        """``self.projector``; None for a method without a projector."""
         return getattr(self, "projector", None)
 
-    def _freeze_what_no_term_uses(self) -> None:
-        """A head without a term gets no gradient: neither DDP nor the optimiser waits for one."""
+    def _freeze_unused_modules(self) -> None:
+        """Freezes the modules that no active term uses: DDP would wait for their gradients."""
         active, heads = self.weighting.active, self.heads()
         modules = {each for listed in heads.values() for each in listed}
         used = {each for term in active for each in heads.get(term, ())}
@@ -239,8 +251,8 @@ class CompositeMethod(RecordedMethod, ABC):
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """The base's parameter groups, the separate projectors', the weighting's, if any, and one
-        of the trained parameters that are in none of these."""
+        """The parameter groups of the base, of the separate projectors and of the weighting, and one
+        group of all other trained parameters."""
         groups = [{**each, "params": list(each["params"])} for each in super().learnable_params]
         groups += [{"params": list(each.parameters())} for each in self.projectors.values()]
         learned = list(self.weighting.parameters())
@@ -253,33 +265,33 @@ class CompositeMethod(RecordedMethod, ABC):
     # ---- one step -----------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """One step's scalar, whose backward is the weighting's step, from a batch of both views.
+        """Computes the surrogate of a batch. Its backward pass is the weighting's step.
 
-        None where it is not finite: the optimiser then changes nothing.
+        Returns None if the step is not finite: the optimiser then changes nothing.
 
         Args:
-            batch: ``[indexes, [view1, view2], labels]``; or one of these for ``train`` and one
-                for ``labelled``, a batch that is held out from the terms' training.
-            batch_idx: the batch's place in the epoch.
+            batch: ``[indexes, [view1, view2], labels]``; or a dictionary of two such batches,
+                ``train`` for the terms and ``labelled`` for the downstream head.
+            batch_idx: the batch's number in the epoch.
 
         Raises:
-            RunStopped: too many steps in a row that are not finite.
+            RunStopped: if too many steps in a row are not finite.
         """
         labelled = None
         if isinstance(batch, Mapping):
             batch, labelled = batch["train"], batch["labelled"]
-        # The base embeds both views and logs the probe's metrics; the loss of the method's own
-        # class is left out.
+        # Calls the base directly, which embeds both views and logs the probe's metrics: the
+        # method's own class would compute its loss.
         momentum = isinstance(self, BaseMomentumMethod)
         base: Any = BaseMomentumMethod if momentum else BaseMethod
         outputs: dict[str, Any] = base.training_step(self, batch, batch_idx)
         with torch.no_grad():
             targets = self.make_targets(outputs) if self.weighting.active else None
-        held_out = None if labelled is None else self._held_out(labelled[1])
+        held_out = None if labelled is None else self._embed_held_out(labelled[1])
 
         self.weighting.train(self.current_epoch >= self.weighting.warmup_epochs)
         if batch_idx == 0 and self.current_epoch:
-            self.weighting.end_epoch()  # Here, a checkpoint of the epoch before is without it.
+            self.weighting.end_epoch()  # After the last epoch's checkpoint has been saved.
         truth = (batch if labelled is None else labelled)[2]
         step = self._balance(outputs["feats"], targets, truth, held_out)
         if not self._is_usable(step):
@@ -297,7 +309,7 @@ class CompositeMethod(RecordedMethod, ABC):
     def _balance(
         self, embeddings: Views, targets: Any, labels: Tensor, held_out: HeldOut | None
     ) -> Step:
-        """The step of a batch, from its embeddings, targets and the probe's labels."""
+        """Balances the terms of a batch. ``labels`` are those that train the probe."""
 
         def terms(*leaves: Tensor) -> TermLosses:
             projections = self._project(leaves)
@@ -310,7 +322,7 @@ class CompositeMethod(RecordedMethod, ABC):
         return self.balance(embeddings, terms, downstream, self.weighting, self.shared, held_out)
 
     def _project(self, embeddings: Views) -> dict[str, Views]:
-        """Each active term's projections of both views, (B, proj_output_dim)."""
+        """Projects both views for each active term, (B, proj_output_dim) each."""
         active = self.weighting.active
         common, projector = embeddings, self._own_projector
         if projector is not None and any(term not in self.projectors for term in active):
@@ -325,13 +337,14 @@ class CompositeMethod(RecordedMethod, ABC):
                 views[term] = common
         return views
 
-    def _held_out(self, views: Views) -> HeldOut:
-        """A labelled batch's embeddings and terms; no parameter, running statistic or queue entry
-        comes to depend on it."""
+    def _embed_held_out(self, views: Views) -> HeldOut:
+        """Embeds a labelled batch and prepares its terms.
+
+        The batch changes no running statistic and no queue entry, and trains only the probe."""
         with torch.no_grad(), frozen_statistics(self):
             embeddings = [self.multicrop_forward(each)["feats"] for each in views]
             if not self.weighting.needs_gradients:
-                return HeldOut(embeddings, lambda *leaves: {})  # They train the probe alone.
+                return HeldOut(embeddings, lambda *leaves: {})  # The terms are not needed.
             outputs: dict[str, Any] = {"feats": embeddings}
             if isinstance(self, BaseMomentumMethod):
                 momentum = [self.momentum_forward(each) for each in views]
@@ -348,11 +361,11 @@ class CompositeMethod(RecordedMethod, ABC):
 
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         if not self.weighting.active and self.momentum_classifier is None:
-            return {}  # Nothing looks at the momentum networks.
+            return {}  # No term and no classifier uses the momentum networks.
         return super()._shared_step_momentum(X, targets)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Lets the weighting learn from a step, once for each of the optimiser's."""
+        """Updates the weighting once for each optimiser step."""
         if self.trainer.global_step > self.last_step:
             with self.trainer.precision_plugin.forward_context():
                 self.update_weighting_after_step()
@@ -361,7 +374,7 @@ class CompositeMethod(RecordedMethod, ABC):
 
     @torch.no_grad()
     def update_weighting_after_step(self) -> None:
-        """Gives the last batch's losses, computed again, to a weighting that asks for them."""
+        """Computes the last batch's losses anew for a weighting that needs them after the step."""
         if self._last_batch is None:
             return
         views, targets = self._last_batch
@@ -372,9 +385,10 @@ class CompositeMethod(RecordedMethod, ABC):
         self.weighting.after_step(mean_over_processes(values))
 
     def on_train_start(self) -> None:
-        """Continues the momentum schedule where a checkpoint left it."""
+        """Sets the momentum schedule to the step of a resumed run."""
         super().on_train_start()
-        # Recorded if the first steps are skipped: it must be on the device by then.
+        # Set anew because the reference weights are now on the device. They are recorded if the
+        # first steps are skipped.
         self.effective_weights = self.weighting.reference
         self.last_step = self.trainer.global_step
         if self.last_step and isinstance(self, BaseMomentumMethod):

@@ -1,4 +1,4 @@
-"""The loss functions that the terms and the probe are made of."""
+"""The loss functions of the terms and of the probe."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch.nn import functional as F
 from grap_solo.distributed import rank, world_size
 
 Views = Sequence[Tensor]
-"""A tensor for each view."""
+"""One tensor a view."""
 
 Projections = Mapping[str, Views]
-"""The projections of both views, (B, D) each, that a term looks at, by the term's name."""
+"""By a term's name, the projections of both views that it is computed from, (B, D) each."""
 
 
-# ---- what processes share, with its gradient ----------------------------------------------------
+# ---- communication between ranks, with gradient -------------------------------------------------
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """All processes' tensors joined along the first dimension."""
+    """All ranks' tensors, joined along the first dimension."""
     return tensor if world_size() == 1 else torch.cat(all_gather(tensor))
 
 
 def mean_with_gradient(tensor: Tensor) -> Tensor:
-    """The mean of all processes' tensors."""
+    """The mean of all ranks' tensors."""
     return tensor if world_size() == 1 else all_reduce(tensor) / world_size()
 
 
@@ -35,7 +35,7 @@ def mean_with_gradient(tensor: Tensor) -> Tensor:
 
 
 def probe_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled samples, shape (); 0 where none is labelled.
+    """Mean cross-entropy over the labelled samples, shape (); 0 if no sample is labelled.
 
     Args:
         logits: (B, classes).
@@ -49,12 +49,12 @@ def probe_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def contrast(anchors: Tensor, predictions: Tensor, temperature: float) -> Tensor:
-    """NNCLR's InfoNCE (Dwibedi et al. 2021, Eq. 2), shape (): anchors against all predictions.
+    """InfoNCE of NNCLR (Dwibedi et al. 2021, Eq. 2) between anchors and all predictions, shape ().
 
     Args:
         anchors: (B, D).
-        predictions: (B, D); over N processes the anchors are compared with all N*B.
-        temperature: of the softmax.
+        predictions: (B, D). On N ranks the anchors are compared with all N*B predictions.
+        temperature: the temperature of the softmax.
     """
     anchors, predictions = (
         F.normalize(anchors, dim=-1),
@@ -67,14 +67,16 @@ def contrast(anchors: Tensor, predictions: Tensor, temperature: float) -> Tensor
 
 
 def correlation_losses(projections: Views, momentum: Views) -> tuple[Tensor, Tensor]:
-    """``byol`` and ``barlow``: how far the cross-correlation of the views is from the identity.
+    """The terms ``byol`` and ``barlow``: the distance of the views' cross-correlation ``c`` from the
+    identity.
 
     Args:
-        projections: of each view, (B, D).
-        momentum: momentum projections of each view, (B, D); each meets the other view.
+        projections: the projections of each view, (B, D).
+        momentum: the momentum projections of each view, (B, D). Each is correlated with the other
+            view's projections.
 
     Returns:
-        The root mean square of ``c_ii - 1`` and that of ``c_ij``, ``i != j``, each shape ().
+        The root mean squares of ``c_ii - 1`` and of ``c_ij`` for ``i != j``, each shape ().
     """
     diagonals, rests = [], []
     for online, target in zip(reversed(projections), momentum, strict=True):
@@ -86,8 +88,9 @@ def correlation_losses(projections: Views, momentum: Views) -> tuple[Tensor, Ten
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A square matrix's diagonal, and the matrix with 0 there, in float32 or better: the squares of
-    a half-precision one underflow."""
+    """Splits a square matrix into its diagonal and the matrix with a diagonal of 0.
+
+    Both are float32 or better: squares of half-precision values would underflow."""
     matrix = _wide(matrix)
     diagonal = matrix.diagonal()
     return diagonal, matrix - torch.diag(diagonal)
@@ -103,15 +106,17 @@ def _wide(tensor: Tensor) -> Tensor:
 def vicreg_terms(
     projections: Projections, covariance: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """The terms ``invariance``, ``variance`` and ``covariance`` (Bardes et al. 2022, Eq. 1 to 6),
-    those of them that have projections, each shape ().
+    """The terms ``invariance``, ``variance`` and ``covariance`` (Bardes et al. 2022, Eq. 1 to 6).
 
     Invariance is the mean squared difference of the views; the others are sums over both views.
-    Over several processes, variance and covariance are those of the joined batch, as in solo-learn.
+    On several ranks, variance and covariance are computed from the joined batch, as in solo-learn.
 
     Args:
-        projections: of each term, of both views, (B, D).
-        covariance: one view's covariance term, from its projections.
+        projections: for each active term, the projections of both views, (B, D).
+        covariance: computes the covariance term of one view from its projections.
+
+    Returns:
+        The loss of each term in ``projections``, each shape ().
     """
     losses: dict[str, Tensor] = {}
     if "invariance" in projections:
@@ -131,7 +136,7 @@ def variance(projections: Tensor) -> Tensor:
     """``mean_j max(0, 1 - sqrt(var_j + 1e-4))`` over the features, shape ().
 
     Args:
-        projections: (B, D).
+        projections: one view's, (B, D).
     """
     return F.relu(1 - (_wide(projections).var(dim=0) + 1e-4).sqrt()).mean()
 
@@ -140,7 +145,7 @@ def covariance(projections: Tensor) -> Tensor:
     """``sum_ij cov_ij^2 / D`` for ``i != j``, shape ().
 
     Args:
-        projections: (B, D).
+        projections: one view's, (B, D).
     """
     wide = _wide(projections)
     centred = (wide - wide.mean(dim=0)) / (len(wide) - 1) ** 0.5
@@ -149,11 +154,11 @@ def covariance(projections: Tensor) -> Tensor:
 
 
 def normalized_covariance(projections: Tensor) -> Tensor:
-    """VIbCReg's (Lee & Aune 2021, Eq. 4): the mean of all ``c_ij^2``, with 0 for ``i = j``, of the
-    features' correlations, shape ().
+    """VIbCReg's covariance term (Lee & Aune 2021, Eq. 4): ``sum_ij c_ij^2 / D^2`` for ``i != j``,
+    where ``c`` are the correlations of the features, shape ().
 
     Args:
-        projections: (B, D).
+        projections: one view's, (B, D).
     """
     wide = _wide(projections)
     centred = F.normalize(wide - wide.mean(dim=0), dim=0)
@@ -165,11 +170,12 @@ def normalized_covariance(projections: Tensor) -> Tensor:
 
 
 def standardize(projections: Tensor) -> Tensor:
-    """Each feature with mean 0 and variance 1, as a batch-norm without parameters makes it, of the
-    joined batch of all processes, (B, D).
+    """Scales each feature to mean 0 and variance 1 over the joined batch of all ranks, (B, D).
+
+    The result is that of a batch-norm without parameters.
 
     Args:
-        projections: (B, D).
+        projections: one view's, (B, D).
     """
     wide = _wide(projections)
     centred = wide - mean_with_gradient(wide.mean(dim=0))
@@ -177,14 +183,14 @@ def standardize(projections: Tensor) -> Tensor:
 
 
 def barlow_twins_losses(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the cross-correlation of both views is from the identity: ``sum_i (c_ii - 1)^2`` and
-    ``sum_ij c_ij^2`` for ``i != j``, each shape () (Zbontar et al. 2021, Eq. 1).
+    """The distance of the views' cross-correlation ``c`` from the identity: ``sum_i (c_ii - 1)^2``
+    and ``sum_ij c_ij^2`` for ``i != j``, each shape () (Zbontar et al. 2021, Eq. 1).
 
-    Over several processes the correlation is that of the joined batch.
+    On several ranks ``c`` is computed from the joined batch.
 
     Args:
-        first: the first view's projections, standardised, (B, D).
-        second: the second view's.
+        first: the first view's standardised projections, (B, D).
+        second: the second view's standardised projections, (B, D).
     """
     diagonal, rest = _split(mean_with_gradient(first.T @ second / len(first)))
     return (diagonal - 1).square().sum(), rest.square().sum()

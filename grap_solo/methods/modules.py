@@ -1,4 +1,4 @@
-"""Helpers for the modules of a method."""
+"""Copies the modules of a method, and freezes their running statistics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import nn
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Layers with ``running_mean`` and ``momentum``, such as batch-norms, normalise by their batch,
-    as in training, but keep their running statistics."""
+    """Keeps the running statistics of batch-norms from changing.
+
+    The layers still normalise by the batch, as in training. Every layer with ``running_mean`` and
+    ``momentum`` counts as a batch-norm."""
     norms: list[Any] = [
         each
         for each in module.modules()
@@ -30,7 +32,8 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def fresh_copy(module: nn.Module) -> nn.Module:
-    """The same architecture, initialised anew as far as its layers have ``reset_parameters``."""
+    """Copies a module and initialises the copy anew, as far as its layers have
+    ``reset_parameters``."""
     fresh = copy.deepcopy(module)
     for each in fresh.modules():
         reset: Any = getattr(each, "reset_parameters", None)

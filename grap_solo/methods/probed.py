@@ -1,4 +1,4 @@
-"""The online evaluations of a method: the linear probe and the k-NN, in training and validation."""
+"""The online evaluations of a method, the linear probe and k-NN, in training and validation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from grap_solo.solo import BaseMethod, BaseMomentumMethod
 
 
 class ProbedMethod(BaseMethod):
-    """A method whose probe ignores labels of -1, and whose validation counts every image once.
+    """A method with online evaluations that ignore labels of -1 and count every image once.
 
     Args:
         cfg: solo-learn's configuration.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        # solo-learn's own k-NN metric cannot be made with torchmetrics 1: neither base makes one.
+        # solo-learn's k-NN metric fails under torchmetrics 1. Disable it in the base and build ours.
         knn = OmegaConf.select(cfg, "knn_eval.enabled", default=False)
         OmegaConf.update(cfg, "knn_eval.enabled", False, force_add=True)
         super().__init__(cfg)
@@ -33,20 +33,20 @@ class ProbedMethod(BaseMethod):
         self.validated: list[Tensor] = []
 
     def base_training_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """``feats`` (B, D) of one view and the probe's metrics, without the heads."""
+        """Returns ``feats`` (B, D) of one view and the probe's metrics. Runs no heads."""
         feats = self.multicrop_forward(X)["feats"]
         with torch.no_grad():
-            return {"feats": feats, **_probe(self.classifier, feats, targets)}
+            return {"feats": feats, **_measure_probe(self.classifier, feats, targets)}
 
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        assert isinstance(self, BaseMomentumMethod)  # Of any other, no base calls it.
+        assert isinstance(self, BaseMomentumMethod)  # Only that base calls this method.
         out: dict[str, Tensor] = self.momentum_forward(X)
         if self.momentum_classifier is not None:
-            out.update(_probe(self.momentum_classifier, out["feats"], targets))
+            out.update(_measure_probe(self.momentum_classifier, out["feats"], targets))
         return out
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The probe on a batch ``[images, labels]``, and the k-NN's features."""
+        """Measures the probe on a batch ``[images, labels]``, and keeps the features for k-NN."""
         images, labels = batch
         out = self.base_training_step(images, labels)
         metrics = {f"val_{key}": out[key] for key in ("loss", "acc1", "acc5")}
@@ -60,8 +60,9 @@ class ProbedMethod(BaseMethod):
         self.validated_names = tuple(metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """The means over all images of all processes. solo-learn takes the mean of the processes',
-        Lightning cuts a process's number of images to a whole one."""
+        """Logs the means over the images of all ranks. Neither solo-learn nor Lightning computes
+        them: solo-learn takes the mean of the ranks' means, and Lightning truncates a rank's number
+        of images to a whole number."""
         *sums, images = mean_over_processes(torch.stack(self.validated).sum(0))
         self.validated.clear()
         found = {name: each / images for name, each in zip(self.validated_names, sums, strict=True)}
@@ -71,7 +72,7 @@ class ProbedMethod(BaseMethod):
         self.log_dict(found, sync_dist=True)
 
 
-def _probe(classifier: nn.Module, feats: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _measure_probe(classifier: nn.Module, feats: Tensor, targets: Tensor) -> dict[str, Tensor]:
     logits = classifier(feats)
     acc1, acc5 = accuracy_at_k(logits, targets)
     return {

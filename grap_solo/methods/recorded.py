@@ -1,4 +1,4 @@
-"""What a method records of each step: metrics, diagnostics, effective weights, skipped steps."""
+"""Records of each step: its metrics, diagnostics, effective weights, and whether it was skipped."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ class RecordedMethod(ProbedMethod):
 
     Attributes:
         weighting: turns a step's statistics into effective weights.
-        effective_weights: those of the last step that was not skipped, shape (K,).
-        shown_weights: the same as numbers.
-        diagnostics: of the last step, by the names of
+        effective_weights: the effective weights of the last usable step, shape (K,).
+        shown_weights: the same weights as numbers on the host.
+        diagnostics: the last step's cosines and norms, by the names of
             :func:`~grap_solo.diagnostics.diagnostic_names`.
         parameter_space_every: steps between two measurements of
             :func:`~grap_solo.diagnostics.parameter_space_cosine`; 0 for none.
-        max_skipped_steps: how many steps in a row may be skipped before the run stops.
-        skipped_in_a_row: the steps that were skipped since the last one that was not.
+        max_skipped_steps: the number of skipped steps in a row at which the run stops.
+        skipped_in_a_row: the number of steps skipped since the last usable step.
+        loss_metric: see :class:`~grap_solo.methods.composite.CompositeMethod`.
+        term_metrics: see :class:`~grap_solo.methods.composite.CompositeMethod`.
     """
 
     weighting: Weighting
@@ -54,12 +56,14 @@ class RecordedMethod(ProbedMethod):
     term_metrics: ClassVar[Mapping[str, str]]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Records the effective weights, whichever script trains."""
+        """Adds the recorder of the effective weights, so that solo-learn's scripts record them too."""
         return [TrajectoryRecorder()]
 
     def _is_usable(self, step: Step) -> bool:
-        """Whether a step is finite in every process. Asking is the only wait for a GPU, if the rule
-        is computed there: what else the host wants to know of the step comes along."""
+        """Whether a step is finite on every rank.
+
+        Reading a number makes the host wait for the GPU. The weights are therefore read here too:
+        one wait a step."""
         self.log("skipped/step", (~step.finite).float(), on_step=False, on_epoch=True, batch_size=1)
         finite, *weights = torch.cat([step.finite.to(step.weights)[None], step.weights]).tolist()
         if finite:
@@ -72,13 +76,13 @@ class RecordedMethod(ProbedMethod):
             bad = [name for name, each in losses.items() if not each.isfinite()]
             raise RunStopped(
                 f"diagnostics.max_skipped_steps: {self.skipped_in_a_row} steps in a row were not "
-                f"finite ({', '.join(bad) or 'gradients'}): the run is stopped, and its "
-                "checkpoints are from before; try a lower optimizer.lr, or 32-true precision"
+                f"finite ({', '.join(bad) or 'gradients'}): the run stops; its checkpoints are from "
+                "earlier steps: try a lower optimizer.lr, or precision 32-true"
             )
         return False
 
     def _diagnose(self, step: Step, feats: Views, held_out: HeldOut | None) -> None:
-        """Keeps the cosines and norms of the step's gradients for the recorder."""
+        """Computes the cosines and norms of the step's gradients for the recorder."""
         found = diagnose(step)
         if found is None:
             return
@@ -93,7 +97,7 @@ class RecordedMethod(ProbedMethod):
             self.diagnostics["parameter_space"] = cosine
 
     def _log_step(self, step: Step, metrics: dict[str, Tensor]) -> None:
-        """The active terms, their sum, the method's own metrics and the weighting's."""
+        """Logs the active terms, their reference-weighted sum, the method's metrics and the weights."""
         losses = step.losses
         logged = {
             self.term_metrics.get(term, f"train_{term}_loss"): each for term, each in losses.items()
@@ -124,7 +128,7 @@ class RecordedMethod(ProbedMethod):
             self.log_dict(skipped, on_step=False, on_epoch=True)
 
     def _log_labelled(self, step: Step, held_out: HeldOut, labels: Tensor) -> None:
-        """The probe on a held-out batch."""
+        """Logs the probe's loss and accuracy on a held-out batch."""
         logits = [self.classifier(each) for each in held_out.embeddings]
         accuracies = [accuracy_at_k(each, labels)[0] for each in logits]
         metrics = {

@@ -1,4 +1,4 @@
-"""VIbCReg (Lee & Aune 2021, arXiv 2109.00783): VICReg's terms, the covariance one normalised."""
+"""VIbCReg (Lee & Aune 2021, arXiv 2109.00783): VICReg's terms, with a normalised covariance."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from grap_solo.solo.vibcreg import IterNorm, VIbCReg
 class GrapVIbCReg(CompositeMethod, VIbCReg):
     """VIbCReg whose terms are weighted by a ``weighting:`` block instead of constants.
 
-    The terms, on the projections of both views, which ``method_kwargs.iternorm`` whitens:
+    The terms are computed from the projections of both views. ``method_kwargs.iternorm`` whitens
+    the projections first.
 
     - ``invariance`` and ``variance``: see :class:`~grap_solo.methods.vicreg.GrapVICReg`;
-    - ``covariance``: the mean of the squared correlations of different features, added up over the
+    - ``covariance``: the mean of the squared correlations of different features, summed over both
       views.
 
     Args:
@@ -37,8 +38,8 @@ class GrapVIbCReg(CompositeMethod, VIbCReg):
     reference_weights = staticmethod(GrapVICReg.reference_weights)
 
     def build_networks(self) -> None:
-        """Puts our iterative normalisation in the place of solo-learn's, of the same state: only
-        one gradient can pass theirs."""
+        """Replaces solo-learn's iterative normalisation by ours, which has the same state: theirs
+        lets only one gradient through."""
         if self.cfg.method_kwargs.iternorm:
             self.projector[-1] = IterNorm(self.cfg.method_kwargs.proj_output_dim)
 

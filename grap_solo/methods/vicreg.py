@@ -15,12 +15,12 @@ from grap_solo.solo.projected import VICReg
 class GrapVICReg(CompositeMethod, VICReg):
     """VICReg whose terms are weighted by a ``weighting:`` block instead of constants.
 
-    The terms, on the projections ``z`` of both views (D features):
+    The terms are computed from the projections of both views (D features):
 
     - ``invariance``: the mean squared difference of the views;
     - ``variance``: ``mean_j max(0, 1 - std_j)``, a hinge on each feature's standard deviation,
-      added up over the views;
-    - ``covariance``: ``sum_ij cov_ij^2 / D`` for ``i != j``, likewise.
+      summed over both views;
+    - ``covariance``: ``sum_ij cov_ij^2 / D`` for ``i != j``, summed over both views.
 
     Args:
         cfg: see :class:`~grap_solo.methods.composite.CompositeMethod`.
@@ -40,7 +40,7 @@ class GrapVICReg(CompositeMethod, VICReg):
 
     @staticmethod
     def reference_weights(cfg: DictConfig) -> dict[str, float]:
-        """solo-learn's three weights."""
+        """solo-learn's ``sim_loss_weight``, ``var_loss_weight`` and ``cov_loss_weight``."""
         kwargs = cfg.method_kwargs
         return {
             "invariance": kwargs.sim_loss_weight,
