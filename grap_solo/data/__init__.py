@@ -1,4 +1,4 @@
-"""Loaders of views and of evaluation images, from a configuration with solo-learn's keys."""
+"""Builds the loaders of training views and of evaluation images from solo-learn's keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from grap_solo.data.sampling import (
     EpochSampler,
     Place,
     ShareSampler,
-    leave_sigterm_to_the_training,
+    ignore_sigterm,
     mixed_seed,
 )
 from grap_solo.errors import ConfigError
@@ -48,8 +48,9 @@ __all__ = [
 
 
 class _Views(Dataset[tuple[int, list[Tensor], int]]):
-    """(index, views, label) of each image: what solo-learn's methods train on. The views are a
-    function of the image and of the draw that its place names."""
+    """(index, views, label) of each image, as solo-learn's methods expect.
+
+    The views depend only on the image and on the draw in its :data:`Place`."""
 
     def __init__(self, images: Images, transforms: list[Transform]) -> None:
         self.images, self.transforms = images, transforms
@@ -66,7 +67,7 @@ class _Views(Dataset[tuple[int, list[Tensor], int]]):
 
 
 class _Evaluated(Dataset[tuple[Tensor, int]]):
-    """(image, label) of each image."""
+    """(transformed image, label) of each image."""
 
     def __init__(self, images: Images, transform: Transform) -> None:
         self.images, self.transform = images, transform
@@ -82,62 +83,71 @@ class _Evaluated(Dataset[tuple[Tensor, int]]):
 def pretrain_loader(
     cfg: DictConfig, images: Images, together: int, epoch: int = 0
 ) -> DataLoader[Any] | BatchedLoader:
-    """Shuffled batches ``[indexes, views, labels]``; the last, smaller one is dropped. With
-    ``data.batched`` the images lie decoded in memory and the views are made a batch at a time.
+    """Builds the loader of shuffled training batches ``[indexes, views, labels]``.
+
+    It drops the last batch if that is smaller. With ``data.batched`` it keeps the decoded images in
+    memory and makes the views a batch at a time.
 
     Args:
         cfg: the configuration.
-        images: what to train on.
-        together: the images of one step, over all devices.
-        epoch: the first that is to be drawn.
+        images: the training images.
+        together: the number of images of one step on all ranks.
+        epoch: the first epoch to draw.
 
     Raises:
-        ConfigError: fewer images than one batch needs; for ``data.batched``, images of more than
-            one size.
+        ConfigError: if there are fewer images than one step needs or, for ``data.batched``, if
+            the images are of several sizes.
     """
     if together > len(images):
         raise ConfigError(
             f"optimizer.batch_size: {together} images a step, but the training set has only "
             f"{len(images)}: use a smaller batch"
         )
-    return _training(cfg, images, EpochSampler(len(images), cfg.seed, epoch), drop_last=True)
+    return _build_training_loader(
+        cfg, images, EpochSampler(len(images), cfg.seed, epoch), drop_last=True
+    )
 
 
 def labelled_loader(
     cfg: DictConfig, images: Images, together: int, epoch: int = 0
 ) -> DataLoader[Any] | BatchedLoader:
-    """Shuffled batches of views of held-out images, as :func:`pretrain_loader` gives them; one
-    smaller batch where there are fewer images than a batch holds."""
+    """Builds the loader of held-out labelled images, like :func:`pretrain_loader`'s.
+
+    If there are fewer images than one step needs, it gives one smaller batch."""
     sampler = EpochSampler(len(images), mixed_seed(cfg.seed, 1), epoch)
-    return _training(cfg, images, sampler, drop_last=len(images) >= together)
+    return _build_training_loader(cfg, images, sampler, drop_last=len(images) >= together)
 
 
 def evaluation_loader(cfg: DictConfig, images: Images, keep: bool = False) -> DataLoader[Any]:
-    """Batches ``[images, labels]`` in order, without augmentation.
+    """Builds the loader of evaluation batches ``[images, labels]``, in order and not augmented.
 
     Args:
         cfg: the configuration.
-        images: what to evaluate on.
-        keep: with ``data.batched``, transform all of them now and keep them in memory.
+        images: the images to evaluate on.
+        keep: with ``data.batched``, transform all images now and keep them in memory.
     """
     transform = build_evaluation(cfg.data.dataset, cfg.augmentations)
     sampler, dataset = ShareSampler(len(images)), _Evaluated(images, transform)
     if not (keep and cfg.data.get("batched", False)):
-        return _loader(cfg, dataset, sampler, drop_last=False)
+        return _build_loader(cfg, dataset, sampler, drop_last=False)
     pixels, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     return DataLoader(
         TensorDataset(torch.stack(pixels), torch.tensor(labels)),
         sampler=BatchSampler(sampler, cfg.optimizer.batch_size, drop_last=False),
-        batch_size=None,  # The sampler's places are whole batches.
+        batch_size=None,  # The sampler gives the indexes of whole batches.
         pin_memory=torch.cuda.is_available(),
     )
 
 
 def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
-    """The number of classes: the dataset's, or as given, or as found in a custom dataset.
+    """Returns the number of classes: the dataset's, else ``num_classes``, else the number found.
+
+    Args:
+        data: the ``data:`` block of the configuration.
+        parts: the training and validation images.
 
     Raises:
-        ConfigError: the labels or folders do not fit it.
+        ConfigError: if the labels, the class folders or ``num_classes`` do not fit it.
     """
     found = max([int(each.targets.max()) + 1 for each in parts])
     declared = max([each.classes or 0 for each in parts])
@@ -158,16 +168,16 @@ def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
     return int(expected)
 
 
-def _training(
+def _build_training_loader(
     cfg: DictConfig, images: Images, sampler: EpochSampler, drop_last: bool
 ) -> DataLoader[Any] | BatchedLoader:
     if cfg.data.get("batched", False):
         return batched_loader(cfg, images, sampler, drop_last)
     dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
-    return _loader(cfg, dataset, sampler, drop_last)
+    return _build_loader(cfg, dataset, sampler, drop_last)
 
 
-def _loader(
+def _build_loader(
     cfg: DictConfig, dataset: Dataset[Any], sampler: Sampler[Any], drop_last: bool
 ) -> DataLoader[Any]:
     return DataLoader(
@@ -177,6 +187,6 @@ def _loader(
         batch_size=cfg.optimizer.batch_size,
         num_workers=cfg.data.num_workers,
         persistent_workers=cfg.data.num_workers > 0,
-        worker_init_fn=leave_sigterm_to_the_training,
+        worker_init_fn=ignore_sigterm,
         pin_memory=torch.cuda.is_available(),
     )

@@ -1,4 +1,4 @@
-"""Augmentation pipelines from solo-learn's YAML keys, on PIL images."""
+"""Builds augmentation pipelines for PIL images from solo-learn's YAML keys."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class GaussianBlur:
-    """PIL's blur with a radius drawn uniformly, as solo-learn's.
+    """PIL's Gaussian blur with a radius drawn uniformly, as in solo-learn.
 
     Args:
-        sigma: the range of the radius in pixels.
+        sigma: the least and the largest radius in pixels.
     """
 
     def __init__(self, sigma: tuple[float, float] = (0.1, 2.0)) -> None:
@@ -54,15 +54,15 @@ class GaussianBlur:
 
 
 def build_pipeline(dataset: str, config: DictConfig) -> Transform:
-    """The random transform that one entry of ``augmentations`` describes.
+    """Builds the random transform that one entry of ``augmentations`` describes.
 
     Args:
-        dataset: whose mean and standard deviation to normalise with; those of the entry's
-            ``mean`` and ``std`` keys, else ImageNet's, for a dataset that is not known.
+        dataset: the dataset's name, which decides the mean and standard deviation to normalise
+            with. For an unknown dataset they are the entry's ``mean`` and ``std``, else ImageNet's.
         config: the entry.
 
     Raises:
-        ConfigError: an unknown key.
+        ConfigError: if the entry has an unknown key.
     """
     for key in config:
         if key not in KEYS:
@@ -103,21 +103,21 @@ def build_pipeline(dataset: str, config: DictConfig) -> Transform:
         steps.append(v2.RandomEqualize(probability("equalization")))
     if probability("horizontal_flip"):
         steps.append(v2.RandomHorizontalFlip(probability("horizontal_flip")))
-    transform: Transform = v2.Compose([*steps, *_to_tensor(dataset, config)])
+    transform: Transform = v2.Compose([*steps, *_build_normalization(dataset, config)])
     return transform
 
 
 def build_views(dataset: str, augmentations: ListConfig) -> list[Transform]:
-    """One transform for each view of an image: every entry, ``num_crops`` times."""
+    """Builds one transform for each view of an image: every entry counts ``num_crops`` times."""
     pipelines = [(build_pipeline(dataset, each), each.num_crops) for each in augmentations]
     return [pipeline for pipeline, crops in pipelines for _ in range(crops)]
 
 
 def build_evaluation(dataset: str, augmentations: ListConfig) -> Transform:
-    """The fixed transform of validation images.
+    """Builds the deterministic transform of validation images.
 
-    Small images (``digits``, CIFAR) are brought to the crop size; others get solo-learn's resize
-    to 256 and centre crop of 224, or the same proportion of another crop size.
+    Small images (``digits``, CIFAR) are resized to the crop size. Other images get solo-learn's
+    resize to 256 and centre crop of 224, or the same proportion for another crop size.
     """
     config = augmentations[0]
     size = config.crop_size
@@ -125,15 +125,16 @@ def build_evaluation(dataset: str, augmentations: ListConfig) -> Transform:
         steps = [v2.Resize(size, interpolation=BICUBIC)]
     else:
         steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    transform: Transform = v2.Compose([*steps, *_to_tensor(dataset, config)])
+    transform: Transform = v2.Compose([*steps, *_build_normalization(dataset, config)])
     return transform
 
 
 def count_crops(augmentations: Sequence[Any]) -> int:
-    """The number of views, all of one size.
+    """Returns the number of views of an image.
 
     Raises:
-        ConfigError: no entries, one without ``crop_size`` or ``num_crops``, or another size.
+        ConfigError: if there is no entry, an entry lacks a valid ``crop_size`` or ``num_crops``,
+            or the crop sizes differ.
     """
     if not isinstance(augmentations, Sequence) or not augmentations:
         raise ConfigError("augmentations: missing: give a list of pipelines, as solo-learn does")
@@ -147,13 +148,13 @@ def count_crops(augmentations: Sequence[Any]) -> int:
                 )
     if len({each.crop_size for each in augmentations}) > 1:
         raise ConfigError(
-            "augmentations: both views are of one size, and there are no small crops: give one "
-            "crop_size"
+            "augmentations: crop_size: all views must be of one size, multi-crop is not supported: "
+            "give one crop_size"
         )
     return sum(each.num_crops for each in augmentations)
 
 
-def _to_tensor(dataset: str, config: DictConfig) -> list[Any]:
+def _build_normalization(dataset: str, config: DictConfig) -> list[Any]:
     default = (
         config.get("mean", IMAGENET_DEFAULT_MEAN),
         config.get("std", IMAGENET_DEFAULT_STD),

@@ -1,4 +1,5 @@
-"""Small images in memory, augmented a batch at a time on any device."""
+"""The loader that keeps small images in memory and makes their views a batch at a time, on any
+device."""
 
 from __future__ import annotations
 
@@ -14,18 +15,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from grap_solo.data.augmentations import build_views
 from grap_solo.data.batched_views import Pipeline, send_to_device
 from grap_solo.data.datasets import Images
-from grap_solo.data.sampling import EpochSampler, leave_sigterm_to_the_training, mixed_seed
+from grap_solo.data.sampling import EpochSampler, ignore_sigterm, mixed_seed
 from grap_solo.distributed import rank, world_size
 from grap_solo.errors import ConfigError
 
 
-class Batch(NamedTuple):
-    """One batch to be made: the images, and all that its randomness depends on.
+class BatchPlan(NamedTuple):
+    """Everything that a batch depends on: its images, and the source of its randomness.
 
     Attributes:
-        seed: of the step, the same on all processes.
-        rank, processes: which share of the step this is.
-        indexes: the images, shape (B,).
+        seed: the seed of the step, the same on all ranks.
+        rank: the rank that makes the batch.
+        processes: the number of ranks.
+        indexes: the images' indexes, shape (B,).
     """
 
     seed: int
@@ -34,13 +36,13 @@ class Batch(NamedTuple):
     indexes: np.ndarray
 
 
-class Batches(Sampler[Batch]):
-    """The places of a sampler in batches.
+class BatchPlanSampler(Sampler[BatchPlan]):
+    """Groups a sampler's places into batches.
 
     Args:
-        sampler: of one process's images in an epoch.
-        size: images in a batch.
-        drop_last: leave out the last batch if it is smaller.
+        sampler: draws one rank's images of an epoch.
+        size: the number of images in a batch.
+        drop_last: whether to drop the last batch if it is smaller.
     """
 
     def __init__(self, sampler: EpochSampler, size: int, drop_last: bool) -> None:
@@ -50,21 +52,22 @@ class Batches(Sampler[Batch]):
         whole, rest = divmod(len(self.sampler), self.size)
         return whole + (rest > 0 and not self.drop_last)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[BatchPlan]:
         places = np.array(list(self.sampler))
         for number in range(len(self)):
             draws, indexes = places[number * self.size : (number + 1) * self.size].T
-            yield Batch(mixed_seed(int(draws[0]), number), rank(), world_size(), indexes)
+            yield BatchPlan(mixed_seed(int(draws[0]), number), rank(), world_size(), indexes)
 
 
 class MemoryViews(Dataset[list[Any]]):
-    """Batches ``[indexes, views, labels]`` of images that lie decoded in memory.
+    """Makes batches ``[indexes, views, labels]`` of images that it keeps decoded in memory.
 
     Args:
         images: uint8, shape (N, 3, H, W).
         labels: shape (N,).
-        pipelines: one for each view.
-        device: where the views are made; ``cuda`` is the current device at the first batch.
+        pipelines: one pipeline for each view.
+        device: the device that makes the views. ``cuda`` stands for the device that is current
+            when the first batch is made.
     """
 
     def __init__(
@@ -81,14 +84,14 @@ class MemoryViews(Dataset[list[Any]]):
         return len(self.images)
 
     @torch.no_grad()
-    def __getitem__(self, batch: Batch) -> list[Any]:
+    def __getitem__(self, batch: BatchPlan) -> list[Any]:
         self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
         indexes = send_to_device(batch.indexes, self.device)
         images = self.images[indexes]
         generator = np.random.default_rng(batch.seed)
         views = []
         for pipeline in self.pipelines:
-            # As for the whole step: how it is shared out changes nothing.
+            # Drawn for the global batch, so that results do not depend on the world size.
             shape = (batch.processes * len(indexes), pipeline.columns)
             draws = generator.random(shape, dtype=np.float32)[batch.rank :: batch.processes]
             views.append(pipeline(images, draws))
@@ -96,18 +99,19 @@ class MemoryViews(Dataset[list[Any]]):
 
 
 class BatchedLoader:
-    """Batches ``[indexes (B,), views, labels (B,)]``, each view (B, 3, S, S), float32.
+    """Loads batches ``[indexes (B,), views, labels (B,)]``, each view (B, 3, S, S) in float32.
 
-    What it gives is a function of the sampler's seed and epoch; the global random state is left
-    as it is. It is no ``DataLoader``, so Lightning puts no sampler of its own in place of this
-    one, and it calls ``sampler.set_epoch`` before each epoch.
+    The batches depend only on the sampler's seed and epoch, and leave the global random states
+    unchanged. The class is not a ``DataLoader``, because Lightning would replace the sampler of a
+    ``DataLoader`` by its own. Lightning calls ``sampler.set_epoch`` before each epoch.
 
     Args:
         dataset: makes the batches.
-        sampler: of one process's images.
-        batch_size: of one process.
-        drop_last: leave out the last batch if it is smaller.
-        num_workers: processes that make the batches, on the CPU only; 0 for this process.
+        sampler: draws one rank's images.
+        batch_size: the number of images in a rank's batch.
+        drop_last: whether to drop the last batch if it is smaller.
+        num_workers: the number of processes that make the batches, for views made on the CPU; 0
+            for this process.
 
     Attributes:
         sampler: the order of the images; see
@@ -125,23 +129,23 @@ class BatchedLoader:
         self.sampler = sampler
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
-            sampler=Batches(sampler, batch_size, drop_last),
+            sampler=BatchPlanSampler(sampler, batch_size, drop_last),
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=dataset.device.type == "cpu" and torch.cuda.is_available(),
-            worker_init_fn=leave_sigterm_to_the_training,
-            generator=torch.Generator(),  # Else each epoch takes a number from the global one.
+            worker_init_fn=ignore_sigterm,
+            generator=torch.Generator(),  # The default draws from the global random state.
         )
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        yield from self._loader  # Drawn when the first is asked for: Lightning calls iter() twice.
+        yield from self._loader  # Draws at the first batch: Lightning calls iter() twice.
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that is drawn when the loader is next iterated over."""
+        """Sets the epoch that the next iteration draws."""
         self.sampler.set_epoch(epoch)
 
 
@@ -152,18 +156,18 @@ def batched_loader(
     drop_last: bool,
     device: torch.device | str | None = None,
 ) -> BatchedLoader:
-    """The views that ``augmentations`` describes, made a batch at a time.
+    """Builds the loader of the views that ``augmentations`` describes.
 
     Args:
         cfg: the configuration.
-        images: all of one size; they are decoded here, once.
-        sampler: of one process's images.
-        drop_last: leave out the last batch if it is smaller.
-        device: where the views are made; the GPU that is trained on if that is CUDA's, else the
-            CPU.
+        images: images of one size. They are decoded here, once.
+        sampler: draws one rank's images.
+        drop_last: whether to drop the last batch if it is smaller.
+        device: the device that makes the views. The default is the GPU if the run trains on
+            CUDA, else the CPU.
 
     Raises:
-        ConfigError: images of more than one size, or an unknown key of ``augmentations``.
+        ConfigError: if the images are of several sizes, or ``augmentations`` has an unknown key.
     """
     if device is None:
         cuda = cfg.get("accelerator", "auto") in ("auto", "gpu", "cuda")
@@ -176,10 +180,10 @@ def batched_loader(
 
 
 def decode(images: Images) -> Tensor:
-    """All images, uint8, shape (N, 3, H, W).
+    """Decodes all images: uint8, shape (N, 3, H, W).
 
     Raises:
-        ConfigError: they are not all of one size.
+        ConfigError: if the images are of several sizes.
     """
     width, height = images[0][0].size
     pixels = np.empty((len(images), height, width, 3), np.uint8)
@@ -188,7 +192,7 @@ def decode(images: Images) -> Tensor:
         if image.size != (width, height):
             raise ConfigError(
                 f"data.batched: image {index} is {image.size[0]}x{image.size[1]}, not "
-                f"{width}x{height} as the first: set data.batched=False"
+                f"{width}x{height} like the first: set data.batched=False"
             )
         pixels[index] = np.asarray(image)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -1,7 +1,8 @@
-"""Random views of batches of images, by the pipelines of :mod:`grap_solo.data.augmentations`.
+"""Makes random views of whole batches of images, by the pipelines of
+:mod:`grap_solo.data.augmentations`.
 
-Each pipeline is taken step by step: every step here does to a whole batch, with draws of its own
-for each image, what torchvision and PIL do to one image.
+Each transform of a pipeline has a counterpart here. It does to a batch what torchvision and PIL do
+to one image, with separate draws for each image.
 """
 
 from __future__ import annotations
@@ -26,34 +27,34 @@ from grap_solo.data.batched_operations import (
     blur,
     equalize,
     flip,
-    grayscale,
     resize_boxes,
     solarize,
+    to_grayscale,
 )
 
-TRIES = 10  # torchvision's, for a crop that fits into the image.
+CROP_TRIES = 10  # torchvision draws a crop this often, until one fits into the image.
 
 
-# The random steps. Each takes the images and a table of numbers from [0, 1), one row an image.
+# The transforms. Each takes the images and a table of numbers from [0, 1), one row an image.
 
 
-class Step(Protocol):
-    """One step of a pipeline.
+class BatchTransform(Protocol):
+    """One transform of a pipeline.
 
     Attributes:
-        columns: how many numbers it needs for an image.
+        columns: the number of random numbers that it needs for an image.
     """
 
     @property
     def columns(self) -> int: ...
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """The images (B, 3, H, W) after the step; ``draws`` is of shape (B, columns)."""
+        """Transforms images (B, 3, H, W). ``draws`` are numbers from [0, 1), (B, columns)."""
 
 
 @dataclass(frozen=True)
 class Resize:
-    """The whole image, its shorter edge brought to a size."""
+    """Resizes images so that the shorter edge has a given size."""
 
     size: int
     columns: int = 0
@@ -68,13 +69,15 @@ class Resize:
 
 @dataclass(frozen=True)
 class Crop:
-    """torchvision's ``RandomResizedCrop``, its law and its rounding: of ten draws of area and
-    aspect ratio the first that fits counts, and the middle of the image if none does."""
+    """torchvision's ``RandomResizedCrop``, with its distribution and its rounding.
+
+    Of ten draws of area and aspect ratio it takes the first that fits into the image. If none fits,
+    it takes the middle of the image."""
 
     size: tuple[int, int]
     scale: tuple[float, float]
     ratio: tuple[float, float]
-    columns: int = 2 * TRIES + 2
+    columns: int = 2 * CROP_TRIES + 2
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
         boxes = self.boxes(draws, images.shape[2], images.shape[3])
@@ -83,9 +86,9 @@ class Crop:
     def boxes(self, draws: np.ndarray, height: int, width: int) -> np.ndarray:
         """Top, left, height and width of each crop in pixels, shape (B, 4)."""
         draws = draws.astype(np.float64)
-        area = height * width * _between(*self.scale, draws[:, :TRIES])
+        area = height * width * _scale_to_range(*self.scale, draws[:, :CROP_TRIES])
         logs = math.log(self.ratio[0]), math.log(self.ratio[1])
-        aspect = np.exp(_between(*logs, draws[:, TRIES : 2 * TRIES]))
+        aspect = np.exp(_scale_to_range(*logs, draws[:, CROP_TRIES : 2 * CROP_TRIES]))
         widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
         fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
         first = (np.arange(len(draws)), fits.argmax(1))
@@ -107,8 +110,14 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Sometimes:
-    """A function of images for some of them, with parameters drawn evenly from ranges."""
+class RandomApply:
+    """Applies a function to some of the images, with parameters drawn uniformly from ranges.
+
+    Attributes:
+        probability: the probability of applying the function to an image.
+        function: takes images and their parameters.
+        ranges: the range of each parameter.
+    """
 
     probability: float
     function: Callable[..., Tensor]
@@ -119,8 +128,8 @@ class Sometimes:
         return 1 + len(self.ranges)
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        parameters = [_between(*each, draws[:, 1 + k]) for k, each in enumerate(self.ranges)]
-        return _change(images, draws[:, 0] < self.probability, self.function, *parameters)
+        parameters = [_scale_to_range(*each, draws[:, 1 + k]) for k, each in enumerate(self.ranges)]
+        return _apply_to_chosen(images, draws[:, 0] < self.probability, self.function, *parameters)
 
 
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -128,12 +137,14 @@ ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
 
 @dataclass(frozen=True)
 class Jitter:
-    """torchvision's ``ColorJitter`` for some of the images: each of these has its factors and the
-    order of the four adjustments to itself.
+    """Applies torchvision's ``ColorJitter`` to some of the images.
+
+    Factors and the order of the four adjustments are drawn for each image.
 
     Attributes:
-        probability: of being adjusted.
-        ranges: of the factors, in the order of ``ADJUSTMENTS``; None where there is none.
+        probability: the probability of adjusting an image.
+        ranges: the range of each factor, in the order of ``ADJUSTMENTS``; None for an adjustment
+            that is not made.
     """
 
     probability: float
@@ -148,34 +159,34 @@ class Jitter:
                 factors = self.factors(draws, number)
                 if factors is not None:
                     chosen = adjusted & (order[:, turn] == number)
-                    images = _change(images, chosen, adjust, factors)
+                    images = _apply_to_chosen(images, chosen, adjust, factors)
         return images
 
     def order(self, draws: np.ndarray) -> np.ndarray:
-        """Which adjustment comes first, second, ...: shape (B, 4)."""
+        """The number of the adjustment that comes first, second, ..., shape (B, 4)."""
         return draws[:, 1 : 1 + len(ADJUSTMENTS)].argsort(1)
 
     def factors(self, draws: np.ndarray, number: int) -> np.ndarray | None:
-        """One adjustment's factors, shape (B,)."""
+        """The factors of one adjustment, shape (B,); None if it is not made."""
         between = self.ranges[number]
         if between is None:
             return None
-        return _between(*between, draws[:, 1 + len(ADJUSTMENTS) + number])
+        return _scale_to_range(*between, draws[:, 1 + len(ADJUSTMENTS) + number])
 
 
 class Pipeline:
-    """Random views of images, all their steps and the normalisation.
+    """Makes random, normalised views of images by all transforms of a pipeline.
 
     Args:
         transform: a pipeline of :func:`~grap_solo.data.augmentations.build_pipeline`.
 
     Raises:
-        TypeError: a step in it that is not known here.
+        TypeError: if a transform has no counterpart for batches.
     """
 
     def __init__(self, transform: Any) -> None:
         *steps, _, _, normalize = transform.transforms
-        self.steps = [_batched(each) for each in steps]
+        self.steps = [build_batch_transform(each) for each in steps]
         self.columns = sum(each.columns for each in self.steps)
         mean, std = (np.reshape(each, (3, 1, 1)) for each in (normalize.mean, normalize.std))
         # (x / 255 - mean) / std is x * scale + shift.
@@ -183,7 +194,7 @@ class Pipeline:
         self._shift = (-mean / std).astype(np.float32)
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Views of images.
+        """Makes one view of each image.
 
         Args:
             images: uint8, shape (B, 3, H, W).
@@ -199,8 +210,8 @@ class Pipeline:
         return torch.addcmul(shift, images, scale)
 
 
-def _batched(transform: Any) -> Step:
-    """What one of torchvision's transforms does to one image, for batches."""
+def build_batch_transform(transform: Any) -> BatchTransform:
+    """Builds the counterpart for batches of one of torchvision's transforms."""
     probability = getattr(transform, "p", 1.0)
     if isinstance(transform, v2.RandomApply):
         (transform,) = transform.transforms
@@ -213,32 +224,32 @@ def _batched(transform: Any) -> Step:
             names = ("brightness", "contrast", "saturation", "hue")
             return Jitter(probability, [getattr(transform, each) for each in names])
         case v2.RandomGrayscale():
-            return Sometimes(probability, grayscale)
+            return RandomApply(probability, to_grayscale)
         case GaussianBlur():
-            return Sometimes(probability, blur, [transform.sigma])
+            return RandomApply(probability, blur, [transform.sigma])
         case v2.RandomSolarize():
-            return Sometimes(
+            return RandomApply(
                 probability, functools.partial(solarize, threshold=transform.threshold)
             )
         case v2.RandomEqualize():
-            return Sometimes(probability, equalize)
+            return RandomApply(probability, equalize)
         case v2.RandomHorizontalFlip():
-            return Sometimes(probability, flip)
-    raise TypeError(f"{type(transform).__name__}: no such step on batches")
+            return RandomApply(probability, flip)
+    raise TypeError(f"{type(transform).__name__}: no such transform on batches")
 
 
 def send_to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device. A GPU gets it in its turn, without being waited for."""
+    """Copies an array to a device. Does not wait for a GPU: the copy takes its turn there."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _change(
+def _apply_to_chosen(
     images: Tensor, chosen: np.ndarray, function: Callable[..., Tensor], *parameters: np.ndarray
 ) -> Tensor:
-    """The images, which may be written over, with the chosen ones changed by a function."""
+    """Applies a function to the chosen images. May overwrite ``images``."""
     if not chosen.any():
         return images
     if chosen.all():
@@ -248,6 +259,6 @@ def _change(
     return images.index_copy_(0, where, function(images.index_select(0, where), *given))
 
 
-def _between(low: float, high: float, draws: np.ndarray) -> np.ndarray:
-    """Numbers from [0, 1), float32, brought to [low, high]."""
+def _scale_to_range(low: float, high: float, draws: np.ndarray) -> np.ndarray:
+    """Scales numbers from [0, 1) to [low, high]."""
     return low + (high - low) * draws

@@ -1,4 +1,4 @@
-"""The datasets by solo-learn's names and formats. Each gives (PIL image, label) pairs."""
+"""Loads datasets of (PIL image, label) pairs by solo-learn's names and formats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Images(Dataset[Sample]):
 
     Attributes:
         targets: the labels, shape (N,); -1 for an unlabelled image.
-        classes: how many classes the source itself declares; None if it does not.
+        classes: the number of classes that the source declares; None if it declares none.
     """
 
     targets: np.ndarray
@@ -43,7 +43,8 @@ class Digits(Images):
     """scikit-learn's 1,797 handwritten digits of 8x8, upsampled to 32x32 RGB (UCI, 1998).
 
     Args:
-        train: the 70 % for training or the 30 % for validation, stratified by class.
+        train: whether to take the 70 % for training or the 30 % for validation. The split is
+            stratified by class.
     """
 
     classes = 10
@@ -71,13 +72,13 @@ class Digits(Images):
 class Parquet(Images):
     """A Parquet file with columns ``img`` (a struct with encoded ``bytes``) and ``label``.
 
-    The encoded images lie in memory and are decoded when they are asked for.
+    Keeps the encoded images in memory and decodes an image on access.
 
     Args:
         path: the file.
 
     Raises:
-        ConfigError: not such a file.
+        ConfigError: if it is not such a file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -145,11 +146,11 @@ class Unlabelled(Images):
 
 
 class PartlyLabelled(Images):
-    """A dataset of whose labels only some are kept.
+    """A dataset with only some of its labels.
 
     Args:
         dataset: the dataset.
-        kept: the indexes of the images that keep theirs.
+        kept: the indexes of the images that keep their labels.
     """
 
     def __init__(self, dataset: Images, kept: np.ndarray) -> None:
@@ -181,21 +182,22 @@ class Part(Images):
 def split_labels(
     images: Images, fraction: float, held_out: bool, seed: int
 ) -> tuple[Images, Images | None, np.ndarray | None]:
-    """The images to pretrain on, those held out with their labels, and which ones are labelled.
+    """Removes some of the labels, and may hold the remaining labelled images out of pretraining.
 
     Args:
         images: all training images.
-        fraction: of the labelled images, those that keep their label, drawn in equal proportion
-            from each class.
-        held_out: keep the labelled ones out of the first part, whose labels are all left out.
-        seed: of the draw.
+        fraction: the share of the labelled images that keep their labels. They are drawn in equal
+            proportion from each class.
+        held_out: whether to hold the labelled images out. The pretraining images then have no
+            labels.
+        seed: the seed of the draw.
 
     Returns:
-        The pretraining images; the held-out ones, None unless ``held_out``; and the indexes of
-        the images that keep their labels, shape (N,), None where all do.
+        The pretraining images; the held-out images, None unless ``held_out``; and the indexes of
+        the images that keep their labels, shape (N,), None if all do.
 
     Raises:
-        ConfigError: there are no labels, or too few for every class.
+        ConfigError: if there are no labels, or too few for every class.
     """
     if fraction == 1 and not held_out:
         return images, None, None
@@ -218,16 +220,16 @@ def split_labels(
 
 
 def load_images(config: DictConfig, train: bool) -> Images:
-    """The training or validation images that a ``data:`` block names.
+    """Loads the training or validation images that a ``data:`` block names.
 
     Args:
         config: the block, with solo-learn's keys: ``dataset``, ``format``, ``train_path``,
             ``val_path``, ``no_labels``, ``fraction``; and ``download`` for CIFAR.
-        train: which of the two.
+        train: whether to load the training images, else the validation images.
 
     Raises:
-        ConfigError: a path that is missing or holds no images of that format, an empty dataset,
-            or a fraction out of range.
+        ConfigError: if the path is missing or holds no images of that format, the dataset is
+            empty, or the fraction is out of range.
     """
     key = "data.train_path" if train else "data.val_path"
     if config.dataset == "digits":

@@ -1,7 +1,7 @@
 """The order of the images and the randomness of their views, as functions of seed and epoch.
 
-Nothing else is remembered from step to step, so a run that is resumed at an epoch's start sees
-what an uninterrupted one sees, whatever the number of workers.
+They depend on nothing else. A run resumed at the start of an epoch therefore sees the batches of an
+uninterrupted run, for any number of workers.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from torch.utils.data import Sampler
 from grap_solo.distributed import rank, world_size
 
 Place = tuple[int, int]
-"""Which draw of an image's view it is, and the image's index."""
+"""The seed of an image's views in this epoch, and the image's index."""
 
 
 def mixed_seed(*parts: int) -> int:
-    """One 32-bit seed from several numbers; other numbers give another, unrelated seed."""
+    """Mixes several numbers into one 32-bit seed. Other numbers give an unrelated seed."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 class EpochSampler(Sampler[Place]):
-    """A new order of all images in each epoch; with N processes, each one's share of it.
+    """Draws a new order of all images in each epoch; on N ranks, each rank takes its share.
 
-    All processes get the same number of images: the first of the order stand in again for those
-    that are missing at its end.
+    All ranks get the same number of images. If the number of images is not a multiple of N, the
+    first images of the order come a second time at its end.
 
     Args:
         size: the number of images.
-        seed: of the order and of the views.
-        epoch: the first that is to be drawn.
+        seed: the seed of the order and of the views.
+        epoch: the first epoch to draw.
     """
 
     def __init__(self, size: int, seed: int, epoch: int = 0) -> None:
         self.size, self.seed, self.epoch, self.passes = size, seed, epoch, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
+        """Sets the epoch to draw. The trainer calls it before each epoch."""
         if epoch != self.epoch:
             self.epoch, self.passes = epoch, 0
 
@@ -49,14 +49,14 @@ class EpochSampler(Sampler[Place]):
 
     def __iter__(self) -> Iterator[Place]:
         draw = mixed_seed(self.seed, self.epoch, self.passes)
-        self.passes += 1  # Within an epoch, a loader that is shorter than another starts again.
+        self.passes += 1  # Of two combined loaders, the shorter one starts again within an epoch.
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(draw))
         mine = order.repeat(2)[rank() :: world_size()][: len(self)]
         return iter([(draw, index) for index in mine.tolist()])
 
 
 class ShareSampler(Sampler[int]):
-    """All images in order; with N processes, every N-th of them, none of them twice.
+    """All images in order; on N ranks, each rank takes every N-th image, and no image comes twice.
 
     Args:
         size: the number of images.
@@ -72,7 +72,7 @@ class ShareSampler(Sampler[int]):
         return iter(range(rank(), self.size, world_size()))
 
 
-def leave_sigterm_to_the_training(worker: int) -> None:
-    """A process that loads data ends with the training, not when all get SIGTERM: the training
-    still ends its step."""
+def ignore_sigterm(worker: int) -> None:
+    """Makes a loader's worker ignore SIGTERM. The training ends its step first, and needs its
+    workers until then."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,1 +1,1 @@
-"""Metrics of a backbone: online, while it trains, and offline, of its frozen embeddings."""
+"""Evaluates a backbone: online while it trains, and offline on its frozen embeddings."""

@@ -1,4 +1,4 @@
-"""Offline evaluation of a backbone's frozen embeddings."""
+"""Offline evaluation of a backbone on its frozen embeddings."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a backbone's frozen embeddings are worth; accuracies are top-1 on the validation set in
-    percent.
+    """The results of a backbone's offline evaluation.
 
     Attributes:
-        linear: multinomial logistic regression, trained to convergence.
-        knn: k-NN with k = 20 and cosine distance.
-        rankme: see :func:`rankme`, of the training embeddings.
+        linear: top-1 accuracy on the validation set in percent, of multinomial logistic regression
+            trained to convergence.
+        knn: the same of k-NN with k = 20 and cosine distance.
+        rankme: see :func:`rankme`; of the training embeddings.
     """
 
     linear: float
@@ -35,7 +35,7 @@ class Evaluation:
 
 
 def device_of(cfg: DictConfig) -> torch.device:
-    """The device that a configuration's ``accelerator`` names."""
+    """Returns the device that a configuration's ``accelerator`` names."""
     found = None if cfg.accelerator == "cpu" else torch.accelerator.current_accelerator()
     return found or torch.device("cpu")
 
@@ -44,7 +44,8 @@ def device_of(cfg: DictConfig) -> torch.device:
 def embed(
     backbone: nn.Module, loader: Iterable[Any], device: torch.device | str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The embeddings (N, D) of a loader's images, in eval mode, and their labels (N,)."""
+    """Computes the embeddings (N, D) of a loader's images in eval mode. Returns them and the labels
+    (N,)."""
     backbone = backbone.to(device).eval()
     dtype = next(backbone.parameters()).dtype
     embeddings: list[Tensor] = []
@@ -61,20 +62,23 @@ def evaluate(
     validation: Iterable[Any],
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Linear probe and k-NN on the embeddings of a frozen backbone.
+    """Measures a linear probe, k-NN and RankMe on the embeddings of a frozen backbone.
 
     Args:
-        backbone: gives (B, D) embeddings.
-        train: loader of (images, labels) to fit on; unlabelled samples (-1) are left out.
-        validation: loader of (images, labels) to score on.
-        device: where to embed.
+        backbone: computes embeddings, (B, D).
+        train: a loader of (images, labels) to fit on. Unlabelled samples (-1) are left out.
+        validation: a loader of (images, labels) to score on.
+        device: the device that computes the embeddings.
+
+    Raises:
+        ConvergenceWarning: if the logistic regression does not converge.
     """
     x, y = embed(backbone, train, device)
     x, y = x[y >= 0], y[y >= 0]
     x_val, y_val = embed(backbone, validation, device)
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
     with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)  # A figure short of convergence is none.
+        warnings.simplefilter("error", ConvergenceWarning)  # Treats non-convergence as an error.
         linear.fit(x, y)
     knn = KNeighborsClassifier(n_neighbors=min(20, len(x)), metric="cosine").fit(x, y)
     linear_score, knn_score = (100 * each.score(x_val, y_val) for each in (linear, knn))
@@ -82,10 +86,14 @@ def evaluate(
 
 
 def rankme(embeddings: np.ndarray) -> float:
-    """The effective rank of embeddings (N, D), between 1 and min(N, D), from at most 25,600 drawn
-    with a fixed seed (Garrido et al. 2023, arXiv 2210.02885, Eq. 1 and 2).
+    """The effective rank of embeddings, between 1 and min(N, D) (Garrido et al. 2023, arXiv
+    2210.02885, Eq. 1 and 2).
 
-    ``exp(-sum_k p_k log p_k)`` with ``p_k = s_k / sum_j s_j + 1e-7`` of the singular values.
+    It is ``exp(-sum_k p_k log p_k)`` with ``p_k = s_k / sum_j s_j + 1e-7``, where ``s`` are the
+    singular values.
+
+    Args:
+        embeddings: (N, D). Of more than 25,600, as many are drawn with a fixed seed.
     """
     if len(embeddings) > 25_600:
         drawn = np.random.default_rng(0).choice(len(embeddings), 25_600, replace=False)

@@ -1,4 +1,4 @@
-"""Metrics of the online evaluations."""
+"""Metrics of the online evaluations: accuracy of the probe, and k-NN."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ def accuracy_at_k(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: (B, classes). With fewer than 5 classes, top-5 counts all of them.
-        targets: (B,); -1 marks an unlabelled sample. Without any label both are 0.
+        targets: (B,); -1 marks an unlabelled sample. If no sample is labelled, both are 0.
     """
     best = logits.detach().float().topk(min(5, logits.size(1)), dim=1).indices
-    # Counted, not selected: a selection's size would make the host wait for a GPU.
+    # Counts over all samples: selecting the labelled ones would make the host wait for a GPU.
     hits, labelled = best == targets[:, None], (targets != -1).sum().clamp(min=1)
     return 100 * hits[:, :1].sum() / labelled[None], 100 * hits.sum() / labelled[None]
 
 
 class WeightedKNNClassifier(Metric):
-    """Weighted k-NN accuracy from accumulated train and test features (Wu et al. 2018).
+    """Accuracy of weighted k-NN on accumulated train and test features (Wu et al. 2018).
 
     A neighbour votes with ``exp(cosine / T)``, or with the inverse of its Euclidean distance.
 
     Args:
-        k: number of neighbours.
-        T: temperature of the cosine's votes.
+        k: the number of neighbours.
+        T: the temperature of cosine votes.
         distance_fx: ``cosine`` or ``euclidean``.
-        max_distance_matrix_size: most elements of a distance matrix at once.
+        max_distance_matrix_size: the largest number of elements of a distance matrix.
     """
 
     full_state_update = False
@@ -66,14 +66,14 @@ class WeightedKNNClassifier(Metric):
 
     @torch.no_grad()
     def compute(self) -> tuple[Any, Any]:
-        """Top-1 and top-5 accuracy in percent, after which the features are forgotten.
+        """Returns top-1 and top-5 accuracy in percent, and forgets the features.
 
-        -1 for both when either side has no features yet.
+        Both are -1 if the train or the test features are missing.
         """
         if not any(map(len, self.train_features)) or not any(map(len, self.test_features)):
             return -1.0, -1.0
-        train, test = _cat(self.train_features), _cat(self.test_features)
-        labels, targets = _cat(self.train_targets), _cat(self.test_targets)
+        train, test = _concatenate(self.train_features), _concatenate(self.test_features)
+        labels, targets = _concatenate(self.train_targets), _concatenate(self.test_targets)
         if self.distance_fx == "cosine":
             train, test = F.normalize(train), F.normalize(test)
         k = min(self.k, len(train))
@@ -95,5 +95,5 @@ class WeightedKNNClassifier(Metric):
         return acc1, acc5
 
 
-def _cat(parts: Any) -> Tensor:
+def _concatenate(parts: Any) -> Tensor:
     return parts if isinstance(parts, Tensor) else torch.cat(parts)

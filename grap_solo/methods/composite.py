@@ -251,8 +251,8 @@ class CompositeMethod(RecordedMethod, ABC):
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """The parameter groups of the base, of the separate projectors and of the weighting, and one
-        group of all other trained parameters."""
+        """The parameter groups of the base, the separate projectors and the weighting, and a group
+        of all other trained parameters."""
         groups = [{**each, "params": list(each["params"])} for each in super().learnable_params]
         groups += [{"params": list(each.parameters())} for each in self.projectors.values()]
         learned = list(self.weighting.parameters())

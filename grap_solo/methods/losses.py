@@ -67,8 +67,8 @@ def contrast(anchors: Tensor, predictions: Tensor, temperature: float) -> Tensor
 
 
 def correlation_losses(projections: Views, momentum: Views) -> tuple[Tensor, Tensor]:
-    """The terms ``byol`` and ``barlow``: the distance of the views' cross-correlation ``c`` from the
-    identity.
+    """The terms ``byol`` and ``barlow``: the distance of the cross-correlation ``c`` of the views
+    from the identity.
 
     Args:
         projections: the projections of each view, (B, D).

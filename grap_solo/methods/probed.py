@@ -22,7 +22,7 @@ class ProbedMethod(BaseMethod):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        # solo-learn's k-NN metric fails under torchmetrics 1. Disable it in the base and build ours.
+        # solo-learn's k-NN metric fails under torchmetrics 1: disable it in the base, build ours.
         knn = OmegaConf.select(cfg, "knn_eval.enabled", default=False)
         OmegaConf.update(cfg, "knn_eval.enabled", False, force_add=True)
         super().__init__(cfg)

@@ -56,7 +56,7 @@ class RecordedMethod(ProbedMethod):
     term_metrics: ClassVar[Mapping[str, str]]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds the recorder of the effective weights, so that solo-learn's scripts record them too."""
+        """Adds the recorder of the effective weights, for solo-learn's scripts too."""
         return [TrajectoryRecorder()]
 
     def _is_usable(self, step: Step) -> bool:
@@ -76,8 +76,8 @@ class RecordedMethod(ProbedMethod):
             bad = [name for name, each in losses.items() if not each.isfinite()]
             raise RunStopped(
                 f"diagnostics.max_skipped_steps: {self.skipped_in_a_row} steps in a row were not "
-                f"finite ({', '.join(bad) or 'gradients'}): the run stops; its checkpoints are from "
-                "earlier steps: try a lower optimizer.lr, or precision 32-true"
+                f"finite ({', '.join(bad) or 'gradients'}): the run stops; its checkpoints are "
+                "from earlier steps: try a lower optimizer.lr, or precision 32-true"
             )
         return False
 
@@ -97,7 +97,7 @@ class RecordedMethod(ProbedMethod):
             self.diagnostics["parameter_space"] = cosine
 
     def _log_step(self, step: Step, metrics: dict[str, Tensor]) -> None:
-        """Logs the active terms, their reference-weighted sum, the method's metrics and the weights."""
+        """Logs the active terms, their reference-weighted sum, the metrics and the weights."""
         losses = step.losses
         logged = {
             self.term_metrics.get(term, f"train_{term}_loss"): each for term, each in losses.items()

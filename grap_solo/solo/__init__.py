@@ -1,7 +1,7 @@
-"""The one place that decides where the base classes come from.
+"""Decides where the base classes come from.
 
-If solo-learn's can be imported, they are the base; else they are the project's own. Everything
-above this module is written once and does not know which.
+They are solo-learn's if these can be imported, and the project's own otherwise. No other module
+needs to know which.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ else:
         BASE = "grap_solo"
         if find_spec("solo") is not None:
             warnings.warn(
-                f"the installed solo-learn gives no BaseMethod ({error}): using grap-solo's own. "
-                "The registry's release of 2021 has none: install solo-learn's main branch instead",
+                f"the installed solo-learn has no usable BaseMethod ({error}): using grap-solo's "
+                "own. To use solo-learn's, install its main branch: the release of 2021 is too old",
                 stacklevel=2,
             )
     else:
         BASE = "solo-learn"
 
 BASE: str
-"""Which base was taken: ``solo-learn`` or ``grap_solo``."""
+"""Where the base classes come from: ``solo-learn`` or ``grap_solo``."""
 
 __all__ = [
     "BASE",
@@ -54,10 +54,10 @@ T = TypeVar("T")
 
 
 def prefer_solo_learn(module: str) -> Callable[[type[T]], type[T]]:
-    """Puts solo-learn's class of the same name in a class's place, where solo-learn has it.
+    """Returns a decorator that replaces a class by solo-learn's of the same name, if there is one.
 
     Args:
-        module: where solo-learn has it, below ``solo.methods``.
+        module: the module below ``solo.methods`` that has solo-learn's class.
     """
 
     def choose(own: type[T]) -> type[T]:
@@ -73,7 +73,7 @@ def prefer_solo_learn(module: str) -> Callable[[type[T]], type[T]]:
 
 
 def describe_base(method: type) -> str:
-    """One line that says which class a method stands on."""
+    """Returns one line that names the base class of a method."""
     base = next(
         each for each in method.__mro__ if each.__module__.startswith(("solo.", "grap_solo.solo."))
     )
@@ -84,7 +84,7 @@ def describe_base(method: type) -> str:
 
 
 def register_method(name: str, method: type) -> None:
-    """Adds a method to solo-learn's, so that its scripts can name it. Nothing without it."""
+    """Adds a method to solo-learn's, for its scripts. Does nothing without solo-learn."""
     if BASE == "solo-learn":
         from solo.methods import METHODS
 
@@ -92,10 +92,10 @@ def register_method(name: str, method: type) -> None:
 
 
 def register_backbone(name: str) -> None:
-    """Makes sure that the base can build a backbone; solo-learn's is told of timm's models.
+    """Makes sure that the base can build a backbone. Adds a timm model to solo-learn's backbones.
 
     Raises:
-        ConfigError: neither the base nor timm has the model.
+        ConfigError: if neither the base nor timm has the model.
     """
     from grap_solo.solo.backbones import build_backbone, check_backbone
 
@@ -106,7 +106,7 @@ def register_backbone(name: str) -> None:
     if name in backbones:
         return
     check_backbone(name)
-    if name.startswith("resnet"):  # solo-learn takes any such name for a torchvision model.
+    if name.startswith("resnet"):  # solo-learn treats such a name as a torchvision model.
         raise ConfigError(f"backbone.name: on solo-learn's base use resnet18, not '{name}'")
 
     def build(method: str, **kwargs: Any) -> Any:

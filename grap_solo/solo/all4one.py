@@ -1,7 +1,7 @@
 """The project's own All4One (Estepa et al. 2023, arXiv 2303.09417): its modules and its queue.
 
-Submodule and buffer names are solo-learn's, so that state dicts move both ways. What the modules
-are trained with is written once, above either base, in :mod:`grap_solo.methods.all4one`.
+Submodule and buffer names are solo-learn's, so that state dicts move both ways. The terms that
+train the modules are in :mod:`grap_solo.methods.all4one`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NEIGHBOURS = 5
 
 
 def build_predictor(features: int, hidden: int) -> nn.Sequential:
-    """Two linear layers with batch-norm and a ReLU between them."""
+    """Builds two linear layers with batch-norm and a ReLU between them."""
     return nn.Sequential(
         nn.Linear(features, hidden),
         nn.BatchNorm1d(hidden),
@@ -33,12 +33,12 @@ def build_predictor(features: int, hidden: int) -> nn.Sequential:
 class PositionalEncoding(nn.Module):
     """Adds solo-learn's sinusoids to sequences of ``length`` tokens of ``dim`` features.
 
-    solo-learn encodes along the features: feature ``d`` takes the place of the position and the
-    tokens that of the channels. ``inv_freq`` lies where solo-learn's nested modules have it.
+    solo-learn exchanges the roles of features and tokens: the feature's number is the position, and
+    the tokens are the channels. The buffer ``inv_freq`` has the name that it has in solo-learn.
 
     Args:
-        length: tokens in a sequence.
-        dim: features of a token.
+        length: the number of tokens in a sequence.
+        dim: the number of features of a token.
     """
 
     def __init__(self, length: int, dim: int) -> None:
@@ -54,7 +54,7 @@ class PositionalEncoding(nn.Module):
         self._encoding: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, length, dim) to (B, length, dim)."""
+        """Encodes tokens of shape (B, length, dim); the shape stays."""
         inv_freq: Tensor = self.get_buffer("penc.penc.inv_freq")
         cached = self._encoding
         if cached is None or cached.device != inv_freq.device or cached.dtype != inv_freq.dtype:
@@ -66,7 +66,7 @@ class PositionalEncoding(nn.Module):
 
 @prefer_solo_learn("all4one")
 class All4One(BaseMomentumMethod):
-    """All4One's heads and queue on top of the momentum method.
+    """The momentum method with All4One's heads and queue.
 
     Args:
         cfg: see :class:`~grap_solo.solo.base.BaseMomentumMethod`; ``method_kwargs`` holds
@@ -114,7 +114,7 @@ class All4One(BaseMomentumMethod):
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """The heads' groups too; the transformer's learning rate is 0.1, not scaled."""
+        """Adds the heads' groups. The transformer's learning rate is 0.1 for any batch size."""
         return [
             *super().learnable_params,
             {"params": self.projector.parameters()},

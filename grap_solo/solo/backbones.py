@@ -1,4 +1,4 @@
-"""Backbones by solo-learn's names, from torchvision and timm."""
+"""Builds backbones of torchvision and timm by solo-learn's names."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from grap_solo.errors import unknown_name
 
 
 def build_backbone(name: str, dataset: str, kwargs: dict[str, Any]) -> tuple[nn.Module, int]:
-    """A backbone without its classifier, and the dimension of its embedding.
+    """Builds a backbone without classifier. Returns it and the dimension of its embedding.
 
     Args:
-        name: ``resnet18`` or ``resnet50`` (torchvision's), or any model name of timm's.
-        dataset: for ``cifar10`` and ``cifar100`` a resnet gets solo-learn's stem for small
-            images: a 3x3 convolution of stride 1 and padding 2, and no max-pooling.
-        kwargs: passed to the model's constructor.
+        name: ``resnet18`` or ``resnet50`` of torchvision, or any model name of timm.
+        dataset: the dataset's name. For ``cifar10`` and ``cifar100`` a torchvision ResNet gets
+            solo-learn's stem for small images: a 3x3 convolution of stride 1 and padding 2, and no
+            max-pooling.
+        kwargs: arguments of the model's constructor.
 
     Raises:
-        ConfigError: neither torchvision nor timm has the model.
+        ConfigError: if neither torchvision nor timm has the model.
     """
     if name in ("resnet18", "resnet50"):
         model = getattr(torchvision.models, name)(**kwargs)
@@ -36,10 +37,10 @@ def build_backbone(name: str, dataset: str, kwargs: dict[str, Any]) -> tuple[nn.
 
 
 def check_backbone(name: str) -> str:
-    """The name again if torchvision's resnets or timm have it.
+    """Returns the name if it is one of torchvision's ResNets or of timm's models.
 
     Raises:
-        ConfigError: neither has the model.
+        ConfigError: if it is not.
     """
     models = {"resnet18", "resnet50", *timm.list_models()}
     if name not in models:

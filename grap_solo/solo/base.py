@@ -1,7 +1,8 @@
-"""The project's own base classes, for when solo-learn is absent.
+"""The project's own base classes, used if solo-learn is absent.
 
-Same configuration keys, submodule names, metric names and numbers as solo-learn's ``BaseMethod``
-and ``BaseMomentumMethod``, built on torchvision, timm, torchmetrics and Lightning.
+They have the configuration keys, submodule names, metric names and numbers of solo-learn's
+``BaseMethod`` and ``BaseMomentumMethod``, and are built on torchvision, timm, torchmetrics and
+Lightning.
 """
 
 from __future__ import annotations
@@ -41,18 +42,23 @@ MOMENTUM_DEFAULTS = "momentum: {base_tau: 0.99, final_tau: 1.0, classifier: fals
 
 @torch.no_grad()
 def copy_parameters(online: nn.Module, momentum: nn.Module) -> None:
-    """Start a momentum network at its online network's parameters, and freeze it."""
+    """Copies the online network's parameters to the momentum network, and freezes the latter."""
     for source, target in zip(online.parameters(), momentum.parameters(), strict=True):
         target.copy_(source)
         target.requires_grad = False
 
 
 class MomentumUpdater:
-    """Exponential moving average of the parameters, with tau on a cosine from base to final.
+    """Updates momentum networks by an exponential moving average of the online parameters.
+
+    Its factor tau follows a cosine from ``base_tau`` to ``final_tau``.
 
     Args:
         base_tau: tau at the first step.
         final_tau: tau at the last step.
+
+    Raises:
+        ConfigError: unless 0 <= base_tau <= final_tau <= 1.
     """
 
     def __init__(self, base_tau: float, final_tau: float) -> None:
@@ -64,12 +70,13 @@ class MomentumUpdater:
 
     @torch.no_grad()
     def update(self, online: nn.Module, momentum: nn.Module) -> None:
-        """``momentum <- tau momentum + (1 - tau) online``."""
+        """Sets ``momentum = tau * momentum + (1 - tau) * online``."""
         targets: list[Tensor] = list(momentum.parameters())
         sources: list[Tensor] = list(online.parameters())
         torch._foreach_lerp_(targets, sources, 1 - self.cur_tau)
 
     def update_tau(self, cur_step: int, max_steps: int) -> None:
+        """Sets tau to its value at a step."""
         cosine = (math.cos(math.pi * cur_step / max_steps) + 1) / 2
         self.cur_tau = self.final_tau - (self.final_tau - self.base_tau) * cosine
 
@@ -78,11 +85,11 @@ class BaseMethod(pl.LightningModule, ABC):
     """Backbone, online probe, optimiser and schedule.
 
     Args:
-        cfg: a configuration with solo-learn's keys, as its ``parse_cfg`` leaves them: learning
-            rates scaled and ``data.num_classes`` filled in.
+        cfg: a configuration with solo-learn's keys, after its ``parse_cfg``: learning rates are
+            scaled, and ``data.num_classes`` is filled in.
 
     Raises:
-        ConfigError: an unknown backbone, optimiser or scheduler.
+        ConfigError: if the backbone, the optimiser or the scheduler is unknown.
     """
 
     _OPTIMIZERS = OPTIMIZERS
@@ -104,10 +111,10 @@ class BaseMethod(pl.LightningModule, ABC):
 
         self.no_channel_last: bool = cfg.performance.disable_channel_last
         self.knn_eval: bool = cfg.knn_eval.enabled
-        self.knn: Any = None  # A method's own.
+        self.knn: Any = None  # A derived class sets it if ``knn_eval`` is true.
 
     def _new_backbone(self) -> tuple[nn.Module, int]:
-        """A backbone as configured, and the dimension of its embedding."""
+        """Builds the configured backbone. Returns it and the dimension of its embedding."""
         cfg = self.cfg
         return build_backbone(cfg.backbone.name, cfg.data.dataset, dict(cfg.backbone.kwargs))
 
@@ -117,7 +124,7 @@ class BaseMethod(pl.LightningModule, ABC):
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Fills in solo-learn's defaults."""
-        return _with_defaults(cfg, DEFAULTS)
+        return _fill_defaults(cfg, DEFAULTS)
 
     # ---- optimisation -----------------------------------------------------------------------
 
@@ -135,7 +142,7 @@ class BaseMethod(pl.LightningModule, ABC):
         ]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer()
+        optimizer = self._build_optimizer()
         scheduler = self.cfg.scheduler
         if scheduler.name not in SCHEDULERS:
             raise unknown_name("scheduler.name", scheduler.name, SCHEDULERS)
@@ -150,7 +157,7 @@ class BaseMethod(pl.LightningModule, ABC):
         warmup = scheduler.warmup_epochs * (total / epochs if by_step else 1)
 
         def schedule(base_lr: float) -> Callable[[int], float]:
-            # Without a warm-up solo-learn starts every group at the backbone's learning rate.
+            # Without warm-up solo-learn starts every group at the backbone's learning rate.
             peak = base_lr if warmup > 0 else self.lr
             return lambda step: (
                 warmup_cosine(peak, warmup, total, self.warmup_start_lr, self.min_lr, step)
@@ -161,7 +168,7 @@ class BaseMethod(pl.LightningModule, ABC):
         interval = {"interval": scheduler.interval, "frequency": 1}
         return [optimizer], [{"scheduler": LambdaLR(optimizer, lambdas), **interval}]
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _build_optimizer(self) -> torch.optim.Optimizer:
         config = self.cfg.optimizer
         if config.name not in self._OPTIMIZERS:
             raise unknown_name("optimizer.name", config.name, self._OPTIMIZERS)
@@ -175,25 +182,28 @@ class BaseMethod(pl.LightningModule, ABC):
     # ---- training ---------------------------------------------------------------------------
 
     def forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Embeddings (B, D) and the probe's logits (B, classes) of images (B, 3, H, W)."""
+        """Returns embeddings ``feats`` (B, D) and the probe's ``logits`` (B, classes) of images
+        (B, 3, H, W)."""
         feats = self.multicrop_forward(X)["feats"]
         return {"logits": self.classifier(feats.detach()), "feats": feats}
 
     def multicrop_forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Embeddings (B, D) alone."""
-        return {"feats": self.backbone(self._images(X))}
+        """Returns the embeddings ``feats`` (B, D) alone."""
+        return {"feats": self.backbone(self._to_memory_format(X))}
 
-    def _images(self, X: Tensor) -> Tensor:
+    def _to_memory_format(self, X: Tensor) -> Tensor:
         return X if self.no_channel_last else X.to(memory_format=torch.channels_last)
 
     @abstractmethod
     def base_training_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """A method's own: ``feats`` of one view with the probe's ``loss``, ``acc1``, ``acc5``."""
+        """Returns ``feats`` (B, D) of one view, and the probe's ``loss``, ``acc1`` and ``acc5``.
+
+        A derived class defines it."""
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Any:
-        """The backbone on every view, with the probe's metrics; no loss of a method's own."""
+        """Embeds every view and logs the probe's metrics. A method adds its loss."""
         _, views, targets = batch
-        outs = _lists(self.base_training_step(x, targets) for x in views)
+        outs = _collect_views(self.base_training_step(x, targets) for x in views)
         for key in ("loss", "acc1", "acc5"):
             outs[key] = sum(outs[key]) / len(views)
         self._log(
@@ -215,13 +225,13 @@ class BaseMethod(pl.LightningModule, ABC):
 
 
 class BaseMomentumMethod(BaseMethod):
-    """Beside the base a momentum copy of the backbone, with a classifier if that is asked for.
+    """The base with a momentum copy of the backbone and, if ``momentum.classifier``, its probe.
 
     Args:
         cfg: see :class:`BaseMethod`.
 
     Raises:
-        ConfigError: see :class:`BaseMethod`; or a tau out of range.
+        ConfigError: see :class:`BaseMethod` and :class:`MomentumUpdater`.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -240,11 +250,11 @@ class BaseMomentumMethod(BaseMethod):
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Fills in solo-learn's defaults."""
-        return _with_defaults(BaseMethod.add_and_assert_specific_cfg(cfg), MOMENTUM_DEFAULTS)
+        return _fill_defaults(BaseMethod.add_and_assert_specific_cfg(cfg), MOMENTUM_DEFAULTS)
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """The momentum classifier's group too, if there is one."""
+        """Adds the momentum classifier's group, if there is one."""
         groups = super().learnable_params
         if self.momentum_classifier is not None:
             groups.append(
@@ -259,24 +269,26 @@ class BaseMomentumMethod(BaseMethod):
 
     @property
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """The (online, momentum) networks to average."""
+        """The pairs of an online network and its momentum network."""
         return [(self.backbone, self.momentum_backbone)]
 
     @torch.no_grad()
     def momentum_forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Embeddings (B, D) of the momentum backbone."""
-        return {"feats": self.momentum_backbone(self._images(X))}
+        """Returns the embeddings ``feats`` (B, D) of the momentum backbone."""
+        return {"feats": self.momentum_backbone(self._to_memory_format(X))}
 
     @abstractmethod
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """A method's own: the momentum networks on one view, with the classifier's metrics if they
-        have one."""
+        """Runs the momentum networks on one view, and measures the momentum classifier, if any.
+
+        A derived class defines it."""
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Any:
-        """Both networks on every view, with the probe's metrics; no loss of a method's own."""
+        """Embeds every view with both networks and logs their probes' metrics. A method adds its
+        loss."""
         outs = super().training_step(batch, batch_idx)
         _, views, targets = batch
-        momentum = _lists(self._shared_step_momentum(x, targets) for x in views)
+        momentum = _collect_views(self._shared_step_momentum(x, targets) for x in views)
         if self.momentum_classifier is not None:
             for key in ("loss", "acc1", "acc5"):
                 momentum[key] = sum(momentum[key]) / len(views)
@@ -292,11 +304,11 @@ class BaseMomentumMethod(BaseMethod):
         self.last_step = 0
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The momentum update, once for each optimiser step."""
+        """Updates the momentum networks once for each optimiser step."""
         if self.trainer.global_step > self.last_step:
             for pair in self.momentum_pairs:
                 self.momentum_updater.update(*pair)
-            # A tensor, since the device would have to be waited for to get a number.
+            # Logs a tensor on the device: from a number, Lightning would make one and wait for it.
             self.log("tau", torch.full((), self.momentum_updater.cur_tau, device=self.device))
             self.momentum_updater.update_tau(
                 self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
@@ -304,13 +316,13 @@ class BaseMomentumMethod(BaseMethod):
         self.last_step = self.trainer.global_step
 
 
-def _with_defaults(cfg: DictConfig, defaults: str) -> DictConfig:
+def _fill_defaults(cfg: DictConfig, defaults: str) -> DictConfig:
     merged = OmegaConf.merge(OmegaConf.create(defaults), cfg)
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _lists(outs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One dictionary of lists from the views' dictionaries."""
+def _collect_views(outs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Turns the views' dictionaries into one dictionary of lists."""
     views = list(outs)
     return {key: [view[key] for view in views] for key in views[0]}

@@ -1,4 +1,4 @@
-"""solo-learn's optimisers and learning-rate schedule, by its names and keys."""
+"""Optimisers and the learning-rate schedule, with solo-learn's names and keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ def warmup_cosine(
     min_lr: float,
     step: int,
 ) -> float:
-    """The learning rate at a step: linear up to ``base_lr``, then a cosine down to ``min_lr``."""
+    """The learning rate at a step: a linear warm-up from ``start_lr`` to ``base_lr``, then a cosine
+    down to ``min_lr``.
+
+    Args:
+        base_lr: the peak.
+        warmup: the number of warm-up steps.
+        total: the number of all steps.
+        start_lr: the learning rate at the first step.
+        min_lr: the learning rate at the last step.
+        step: the step, from 0.
+    """
     if step < warmup:
         return start_lr + step * (base_lr - start_lr) / max(warmup - 1, 1)
     cosine = (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1))) / 2
@@ -33,12 +43,12 @@ def split_groups(
     apart: Callable[[Tensor], bool],
     changes: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Parameter groups with the parameters for which ``apart`` holds in groups of their own.
+    """Moves some parameters of each parameter group into a new group with other settings.
 
     Args:
         groups: an optimiser's parameter groups.
-        apart: which parameters to set apart.
-        changes: the settings in which their groups differ.
+        apart: whether a parameter moves to the new group.
+        changes: the settings that differ in the new groups.
     """
     out = []
     for group in groups:
@@ -52,19 +62,20 @@ def split_groups(
 
 
 def lars(groups: Iterable[dict[str, Any]], lr: float, weight_decay: float, **kwargs: Any) -> Lars:
-    """timm's LARS (You et al. 2017, arXiv 1708.03888) by solo-learn's words.
+    """Builds timm's LARS (You et al. 2017, arXiv 1708.03888) from solo-learn's arguments.
 
-    It never asks for a value, where solo-learn's asks three for each parameter that it adapts,
-    and on a GPU it goes by torch's foreach functions.
+    timm's never waits for the device, while solo-learn's reads three numbers from it for each
+    adapted parameter; on a GPU, timm's uses torch's foreach functions. The two differ if a
+    parameter's gradient is exactly 0: timm's decays the parameter by ``lr * weight_decay``,
+    solo-learn's does not change it.
 
     Args:
         groups: parameter groups.
         lr: the learning rate.
-        weight_decay: the L2 penalty's factor.
-        kwargs: solo-learn's ``eta``, ``clip_lr`` and ``exclude_bias_n_norm``: whether vectors,
-            which are biases and norms, are neither adapted nor decayed; and timm's own. Where a
-            parameter's gradient is exactly 0, timm decays it by ``lr * weight_decay``, and
-            solo-learn's leaves it.
+        weight_decay: the factor of the L2 penalty.
+        kwargs: solo-learn's ``eta``, ``clip_lr`` and ``exclude_bias_n_norm`` (whether biases and
+            norms, the parameters of one dimension, are neither adapted nor decayed), and timm's
+            own arguments.
     """
     if kwargs.pop("exclude_bias_n_norm", False):
         plain = {"weight_decay": 0, "always_adapt": False}

@@ -1,8 +1,6 @@
-"""The network of methods whose terms look at one projection of each view: a backbone and a
-projector.
+"""The networks of VICReg, VIbCReg and Barlow Twins: a backbone and a projector.
 
-Submodule names are solo-learn's for VICReg, VIbCReg and Barlow Twins, so that state dicts move both
-ways.
+Submodule names are solo-learn's, so that state dicts move both ways.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from grap_solo.solo import BaseMethod, prefer_solo_learn
 def build_projector(
     features: int, hidden: int, out: int, activation: type[nn.Module] = nn.ReLU
 ) -> nn.Sequential:
-    """Three linear layers, with batch-norm and an activation between them."""
+    """Builds three linear layers with batch-norm and an activation between them."""
     return nn.Sequential(
         nn.Linear(features, hidden),
         nn.BatchNorm1d(hidden),
@@ -48,7 +46,7 @@ class ProjectedMethod(BaseMethod):
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """The projector's group too."""
+        """Adds the projector's group."""
         projector = {"name": "projector", "params": self.projector.parameters()}
         return [*super().learnable_params, projector]
 

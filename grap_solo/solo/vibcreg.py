@@ -1,4 +1,4 @@
-"""The project's own VIbCReg (Lee & Aune 2021, arXiv 2109.00783): its projector's last layer.
+"""The project's own VIbCReg (Lee & Aune 2021, arXiv 2109.00783), and iterative normalisation.
 
 Submodule and buffer names are solo-learn's, so that state dicts move both ways.
 """
@@ -14,19 +14,19 @@ from grap_solo.solo.projected import ProjectedMethod
 
 
 class IterNorm(nn.Module):
-    """Iterative normalisation (Huang et al. 2019, arXiv 1904.03441, Alg. 1): whitens each group of
-    features by Newton's iteration for the inverse square root of their covariance.
+    """Iterative normalisation (Huang et al. 2019, arXiv 1904.03441, Alg. 1).
 
-    Parameter and buffer names, groups and numbers are those of solo-learn's ``IterNorm``.
-    solo-learn's has a backward pass that changes its saved tensors, so that autograd refuses a
-    second one; through this one all K inner gradients can pass.
+    Whitens each group of features by the inverse square root of their covariance, which Newton's
+    iteration approximates. Parameter and buffer names, groups and numbers are those of solo-learn's
+    ``IterNorm``. The backward pass of solo-learn's changes its saved tensors and can therefore run
+    only once; this one can run for each of the K inner gradients.
 
     Args:
         features: the number of features, D.
-        groups: into how many groups they go at most; as many as divide D evenly.
-        iterations: Newton's iterations.
+        groups: the intended number of groups; adjusted to divide D evenly.
+        iterations: the number of Newton iterations.
         eps: added to the variances.
-        momentum: a batch's share in the running statistics.
+        momentum: the weight of a batch in the running statistics.
     """
 
     running_mean: Tensor
@@ -53,7 +53,7 @@ class IterNorm(nn.Module):
         self.register_buffer("running_wm", eye.clone())
 
     def forward(self, X: Tensor) -> Tensor:
-        """(B, D) to (B, D), in float32 or better."""
+        """Whitens features of shape (B, D), in float32 or better; the shape stays."""
         with torch.autocast(X.device.type, enabled=False):
             X = X.to(torch.promote_types(X.dtype, torch.float32))
             by_group = X.T.reshape(self.groups, self.size, len(X))
@@ -73,7 +73,7 @@ class IterNorm(nn.Module):
         eye = torch.eye(self.size, dtype=centred.dtype, device=centred.device)
         covariance = centred @ centred.mT / centred.shape[2] + self.eps * eye
         trace = covariance.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        normed = covariance / trace  # The iteration converges where the norm is below 1.
+        normed = covariance / trace  # The iteration converges if the norm is below 1.
         root = eye.expand_as(normed)
         for _ in range(self.iterations):
             root = 1.5 * root - 0.5 * root @ root @ root @ normed
@@ -82,11 +82,11 @@ class IterNorm(nn.Module):
 
 @prefer_solo_learn("vibcreg")
 class VIbCReg(ProjectedMethod):
-    """A projector with GELUs, and iterative normalisation behind it if that is asked for.
+    """The network of VIbCReg: a projector with GELUs that may end in iterative normalisation.
 
     Args:
-        cfg: see :class:`~grap_solo.solo.projected.ProjectedMethod`; ``method_kwargs.iternorm``
-            says whether the projections are whitened.
+        cfg: see :class:`~grap_solo.solo.projected.ProjectedMethod`. With
+            ``method_kwargs.iternorm`` the projections are whitened.
     """
 
     activation = nn.GELU

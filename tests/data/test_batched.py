@@ -118,7 +118,7 @@ def test_hue_is_pils_but_for_ties():
 def test_steps_without_parameters_are_pils_to_the_bit():
     images = coloured()
     pils = by_pil(images, lambda x: F.rgb_to_grayscale(x, 3))
-    assert torch.equal(batched_operations.grayscale(images.float()), pils)
+    assert torch.equal(batched_operations.to_grayscale(images.float()), pils)
     for threshold in (128, 17):
         pils = by_pil(images, lambda x, t=threshold: F.solarize(x, t))
         assert torch.equal(batched_operations.solarize(images.float(), threshold), pils)
@@ -345,7 +345,7 @@ def test_every_yaml_file_builds():
 
 def test_an_unknown_step_is_refused():
     steps = build_pipeline("digits", entry()).transforms
-    with pytest.raises(TypeError, match="RandomVerticalFlip: no such step on batches"):
+    with pytest.raises(TypeError, match="RandomVerticalFlip: no such transform on batches"):
         batched_views.Pipeline(v2.Compose([v2.RandomVerticalFlip(), *steps]))
 
 
@@ -397,7 +397,7 @@ def test_an_epoch_does_not_depend_on_the_past():
              for i, v, _ in [next(iter(loader(epoch=epoch, batch=1200)))]}  # fmt: skip
     shared = views[0].keys() & views[1].keys()
     assert not any(torch.equal(views[0][k], views[1][k]) for k in shared)
-    seeds = [each.seed for each in batched.Batches(EpochSampler(1257, 5), 64, True)]
+    seeds = [each.seed for each in batched.BatchPlanSampler(EpochSampler(1257, 5), 64, True)]
     assert len(set(seeds)) == 19
 
 

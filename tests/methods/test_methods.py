@@ -445,7 +445,7 @@ def test_a_comparison_takes_methods_of_several_kinds_and_retrains_each(tmp_path)
         (
             "from grap_solo.methods import CompositeMethod\nclass Mine(CompositeMethod): pass",
             "mine:Mine",
-            "it has no compute_terms, reference_weights: write that",
+            "it lacks compute_terms, reference_weights: define it",
         ),
     ],
 )

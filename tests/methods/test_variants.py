@@ -124,7 +124,7 @@ def test_held_out_images_are_never_pretrained_on(tmp_path, monkeypatch):
         for name in seen:
             seen[name].append(batch[name][0])
         before = {k: v.clone() for k, v in self.named_buffers() if "running" in k}
-        held = self._held_out(batch["labelled"][1])
+        held = self._embed_held_out(batch["labelled"][1])
         held.terms(*held.embeddings)
         assert all(torch.equal(v, before[k]) for k, v in self.named_buffers() if k in before)
         return original(self, batch, batch_idx)
