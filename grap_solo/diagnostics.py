@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grap_solo.balance import Step
-from grap_solo.distributed import mean_over_processes
+from grap_solo.distributed import mean_over_ranks
 from grap_solo.weighting.grap import objective_gradient
 
 
@@ -96,4 +96,4 @@ def _take_parameter_gradient(
     found = torch.autograd.grad(
         list(embeddings), parameters, outputs, retain_graph=True, materialize_grads=True
     )
-    return mean_over_processes(torch.cat([each.flatten() for each in found]).float())
+    return mean_over_ranks(torch.cat([each.flatten() for each in found]).float())

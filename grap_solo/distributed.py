@@ -17,7 +17,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def mean_over_processes(tensor: Tensor) -> Tensor:
+def mean_over_ranks(tensor: Tensor) -> Tensor:
     """The mean of all ranks' tensors, without gradient."""
     if world_size() == 1:
         return tensor

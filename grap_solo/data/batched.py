@@ -26,13 +26,13 @@ class BatchPlan(NamedTuple):
     Attributes:
         seed: the seed of the step, the same on all ranks.
         rank: the rank that makes the batch.
-        processes: the number of ranks.
+        world_size: the number of ranks.
         indexes: the images' indexes, shape (B,).
     """
 
     seed: int
     rank: int
-    processes: int
+    world_size: int
     indexes: np.ndarray
 
 
@@ -92,8 +92,8 @@ class MemoryViews(Dataset[list[Any]]):
         views = []
         for pipeline in self.pipelines:
             # Drawn for the global batch, so that results do not depend on the world size.
-            shape = (batch.processes * len(indexes), pipeline.columns)
-            draws = generator.random(shape, dtype=np.float32)[batch.rank :: batch.processes]
+            shape = (batch.world_size * len(indexes), pipeline.columns)
+            draws = generator.random(shape, dtype=np.float32)[batch.rank :: batch.world_size]
             views.append(pipeline(images, draws))
         return [indexes, views, self.labels[indexes]]
 

@@ -166,7 +166,7 @@ def _box_radius(sigma: Tensor) -> Tensor:
 def _box_matrix(radii: Tensor, size: int) -> Tensor:
     """The weights (B, size, size) of a box blur.
 
-    A fractional radius takes a part of the next pixel. Beyond an edge the edge pixel is repeated."""
+    A fractional radius takes a part of the next pixel; beyond an edge, the edge pixel repeats."""
     radius = radii.view(-1, 1, 1)
     whole, weight = radius.floor(), 1 / (2 * radius + 1)
     pixels = torch.arange(size, device=radii.device)

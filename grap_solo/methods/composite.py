@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from grap_solo.balance import HeldOut, SharedHead, Step, balance
-from grap_solo.distributed import mean_over_processes
+from grap_solo.distributed import mean_over_ranks
 from grap_solo.errors import ConfigError
 from grap_solo.methods.losses import Projections, Views, probe_loss
-from grap_solo.methods.modules import fresh_copy, frozen_statistics
+from grap_solo.methods.modules import copy_and_reinitialize, frozen_statistics
 from grap_solo.methods.recorded import RecordedMethod, TermLosses
 from grap_solo.solo import BaseMethod, BaseMomentumMethod, register_backbone
 from grap_solo.solo.base import MomentumUpdater
@@ -195,7 +195,7 @@ class CompositeMethod(RecordedMethod, ABC):
                     "key out"
                 )
             for term in self.weighting.terms[1:]:
-                self.projectors[term] = fresh_copy(self._own_projector)
+                self.projectors[term] = copy_and_reinitialize(self._own_projector)
         self._freeze_unused_modules()
         if self.cfg.performance.compile:  # Module.compile keeps the names in state dicts.
             for name in ("backbone", "momentum_backbone", "momentum_projector"):
@@ -382,7 +382,7 @@ class CompositeMethod(RecordedMethod, ABC):
             embeddings = [self.multicrop_forward(each)["feats"] for each in views]
             losses = self.compute_terms(self._project(embeddings), targets)
         values = torch.stack([losses[term] for term in self.weighting.terms])
-        self.weighting.after_step(mean_over_processes(values))
+        self.weighting.after_step(mean_over_ranks(values))
 
     def on_train_start(self) -> None:
         """Sets the momentum schedule to the step of a resumed run."""

@@ -31,7 +31,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             each.momentum = momentum
 
 
-def fresh_copy(module: nn.Module) -> nn.Module:
+def copy_and_reinitialize(module: nn.Module) -> nn.Module:
     """Copies a module and initialises the copy anew, as far as its layers have
     ``reset_parameters``."""
     fresh = copy.deepcopy(module)

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from grap_solo.distributed import mean_over_processes
+from grap_solo.distributed import mean_over_ranks
 from grap_solo.evaluation.online import WeightedKNNClassifier, accuracy_at_k
 from grap_solo.methods.losses import probe_loss
 from grap_solo.solo import BaseMethod, BaseMomentumMethod
@@ -63,7 +63,7 @@ class ProbedMethod(BaseMethod):
         """Logs the means over the images of all ranks. Neither solo-learn nor Lightning computes
         them: solo-learn takes the mean of the ranks' means, and Lightning truncates a rank's number
         of images to a whole number."""
-        *sums, images = mean_over_processes(torch.stack(self.validated).sum(0))
+        *sums, images = mean_over_ranks(torch.stack(self.validated).sum(0))
         self.validated.clear()
         found = {name: each / images for name, each in zip(self.validated_names, sums, strict=True)}
         if self.knn_eval and not self.trainer.sanity_checking:
