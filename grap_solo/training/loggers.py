@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.methods import CompositeMethod
 from grap_solo.records.files import read_json, whole_file, write_json
-from grap_solo.records.trajectory import format_weight
+from grap_solo.records.weights import format_weight
 
 METRICS_FILE = "metrics.csv"
 WANDB_FILE = "wandb.json"

@@ -36,8 +36,7 @@ from grap_solo.data import (
 )
 from grap_solo.errors import ConfigError
 from grap_solo.methods import CompositeMethod, find_method
-from grap_solo.records.files import CONFIG_FILE, whole_file, write_json
-from grap_solo.records.trajectory import WEIGHTS_FILE
+from grap_solo.records.files import CONFIG_FILE, WEIGHTS_FILE, whole_file, write_json
 from grap_solo.report.plots import plot_weights
 from grap_solo.solo import BaseMomentumMethod, describe_base
 from grap_solo.training.checkpoints import (
