@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.errors import ConfigError
 from grap_solo.methods import weighted_name
-from grap_solo.records.files import CONFIG_FILE, WEIGHTS_FILE
+from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
 from grap_solo.records.weights import pooled_weights
 from grap_solo.training.run import Run, pretrain
 
@@ -74,7 +74,7 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = sorted((run / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ConfigError(f"{run / 'checkpoints'}: no checkpoint: train with checkpoint.enabled")
     return found[-1]
