@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
-from grap_solo.records.runs import mean_and_std
 from grap_solo.records.weights import format_weight, median_weights, read_weights
+from grap_solo.report.curves import (
+    Series,
+    last_epoch_median,
+    mean_and_std,
+    mean_curve,
+    running_median,
+)
+from grap_solo.report.labels import DARK, SMALL, Point, label_points
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
 COLORS = (
@@ -64,7 +65,7 @@ def plot_weights(
         color, values = COLORS[k % len(COLORS)], weights[:, k]
         axes.plot(epochs, values, color=color, alpha=0.3, linewidth=0.8)
         label = f"{term}: median {format_weight(medians[term])}"
-        axes.plot(epochs, _running_median(values, int(per_epoch)), color=color, label=label)
+        axes.plot(epochs, running_median(values, int(per_epoch)), color=color, label=label)
     for value in sorted(set((reference or {}).values())):
         named = ", ".join(term for term in terms if (reference or {}).get(term) == value)
         axes.axhline(value, color="0.45", linestyle="--", linewidth=0.9)
@@ -86,17 +87,8 @@ def plot_weights(
     figure.savefig(target, dpi=150)
 
 
-def _running_median(values: np.ndarray, width: int) -> np.ndarray:
-    """The median of the ``width`` values around each place, fewer at the ends."""
-    half = width // 2
-    around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return np.array([np.median(each) for each in around])
-
-
 # ---- what a report draws of many runs ---------------------------------------------------------
 
-Series = tuple[np.ndarray, np.ndarray]
-"""The epoch of each of a run's steps and a value at each, both (N,)."""
 
 Panels = Mapping[str, Mapping[str, Sequence[Series]]]
 """For each method, for each of its terms, the series of each of its runs."""
@@ -120,49 +112,13 @@ MORE_COLORS = (
 DECADES = 3  # Of the logarithmic part of the axis of weights that are all below 1.
 WIDTH = 9.0  # Of a figure, in inches.
 PER_ROW = 4
-POINTS = 400  # At most so many of a curve are computed.
-SMALL = 8.0
-DARK, GREY, PALE = "#222222", "#666666", "#d4d4d4"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A method among others, by what it costs and what it reaches.
-
-    Attributes:
-        label: its name.
-        cost: the time of its steps, in those of another method, and the least and the most of it;
-            the two may be nan.
-        accuracies: for each evaluation, its mean and standard deviation in percent; either may be
-            nan.
-    """
-
-    label: str
-    cost: tuple[float, float, float]
-    accuracies: Mapping[str, tuple[float, float]]
+GREY, PALE = "#666666", "#d4d4d4"
 
 
 def term_colors(terms: Sequence[str]) -> dict[str, str]:
     """A colour for each term, which it keeps in every figure."""
     palette = COLORS + MORE_COLORS
     return {term: palette[i % len(palette)] for i, term in enumerate(dict.fromkeys(terms))}
-
-
-def step_epochs(epochs: np.ndarray) -> np.ndarray:
-    """Where each step stands in its run, in epochs: 0.5 once half of the first one is done.
-
-    Args:
-        epochs: the epoch of each step, ascending, (N,).
-    """
-    done = np.arange(len(epochs)) - np.searchsorted(epochs, epochs) + 1
-    return epochs + done / np.bincount(epochs).max()
-
-
-def last_epoch_median(series: Series) -> float:
-    """The median of the last epoch's values, nan where there are none."""
-    epochs, values = series
-    last = values[(epochs > epochs[-1] - 1) & np.isfinite(values)]
-    return float(np.median(last)) if len(last) else np.nan
 
 
 def plot_weight_panels(
@@ -182,7 +138,7 @@ def plot_weight_panels(
     """
     figure, grid = _small_multiples(panels)
     for axes, (method, terms) in zip(grid, panels.items(), strict=True):
-        curves = {term: _mean_curve(runs) for term, runs in terms.items()}
+        curves = {term: mean_curve(runs) for term, runs in terms.items()}
         _dash_references(axes, references.get(method, {}), colors)
         for term, curve in curves.items():
             same = [each for each in curves if np.array_equal(curve.mean, curves[each].mean)]
@@ -213,7 +169,7 @@ def plot_alignment(
         colors: of each term.
     """
     figure, grid = _small_multiples(panels)
-    composites = {method: _mean_curve(terms[COMPOSITE]) for method, terms in panels.items()}
+    composites = {method: mean_curve(terms[COMPOSITE]) for method, terms in panels.items()}
     for axes, (method, terms) in zip(grid, panels.items(), strict=True):
         axes.axhline(0, color=GREY, linewidth=0.7)
         for other, curve in composites.items():
@@ -221,7 +177,7 @@ def plot_alignment(
                 curve.draw(axes, PALE, 0.9)
         for term, runs in terms.items():
             if term != COMPOSITE:
-                _mean_curve(runs).draw(axes, colors[term], 1.1)
+                mean_curve(runs).draw(axes, colors[term], 1.1)
         composites[method].draw_band(axes, DARK)
         composites[method].draw(axes, DARK, 2.0)
         _title(axes, method, _spread([last_epoch_median(run) for run in terms[COMPOSITE]]))
@@ -305,7 +261,7 @@ def plot_accuracy_cost(points: Sequence[Point], target: str | os.PathLike[str]) 
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+            axes.xaxis.set_major_formatter(FuncFormatter(_tick_text))
         axes.margins(0.16, 0.14)
         axes.set_ylabel(f"{evaluation}, top-1 in %", fontsize=9, color=DARK)
         axes.set_xlabel("cost of training, relative to fixed weights", fontsize=9, color=DARK)
@@ -315,7 +271,7 @@ def plot_accuracy_cost(points: Sequence[Point], target: str | os.PathLike[str]) 
     figure.draw_without_rendering()  # The layout is known from here on.
     for axes, evaluation in zip(panels, evaluations, strict=True):
         drawn = [point for point in points if evaluation in point.accuracies]
-        _label_points(axes, drawn, evaluation)
+        label_points(axes, drawn, evaluation)
     _save(figure, target)
 
 
@@ -400,45 +356,6 @@ def _spread(values: Sequence[float]) -> str:
     return _signed(mean, 3) + ("" if np.isnan(std) else f" ± {std:.3f}")
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """The mean of runs and their standard deviation, over epochs, each (N,)."""
-
-    epochs: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray
-
-    def draw(self, axes: Axes, color: str, width: float, style: Any = "-") -> None:
-        axes.plot(self.epochs, self.mean, color=color, linewidth=width, linestyle=style)
-
-    def draw_band(self, axes: Axes, color: str) -> None:
-        low, high = self.mean - self.std, self.mean + self.std
-        axes.fill_between(self.epochs, low, high, color=color, alpha=0.18, linewidth=0)
-
-
-def _mean_curve(runs: Sequence[Series]) -> _Curve:
-    """Of the runs, each smoothed."""
-    start, end = min(epochs[0] for epochs, _ in runs), max(epochs[-1] for epochs, _ in runs)
-    grid = np.linspace(start, end, min(POINTS, max(len(epochs) for epochs, _ in runs)))
-    return _Curve(grid, *mean_and_std([_epoch_medians(run, grid) for run in runs]))
-
-
-def _epoch_medians(series: Series, grid: np.ndarray) -> np.ndarray:
-    """The median of the values within half an epoch of each place of ``grid``, nan if none is."""
-    epochs, values = series
-    known = np.isfinite(values)
-    if not known.any():
-        return np.full(len(grid), np.nan)
-    epochs, values = epochs[known], values[known]
-    first, last = np.searchsorted(epochs, grid - 0.5), np.searchsorted(epochs, grid + 0.5, "right")
-    counts = last - first
-    places = first[:, None] + np.arange(max(1, counts.max()))
-    around = np.where(places < last[:, None], values[places.clip(max=len(values) - 1)], np.nan)
-    around.sort(axis=1)  # What is beyond a window is nan, and so behind its values.
-    rows = np.arange(len(grid))
-    return (around[rows, (counts - 1) // 2] + around[rows, counts // 2]) / 2
-
-
 def _turns(turn: int, of: int, gap: float = 0) -> Any:
     """The line style of one of several lines in one place, which take turns with their dashes."""
     dash = 4.0
@@ -470,10 +387,10 @@ def _log_above(grid: Sequence[Axes]) -> None:
     axes.set_ylim(low, next((each for each in steps if high <= each <= 1.5 * high), 1.1 * high))
     axes.yaxis.set_major_locator(FixedLocator([*(-each for each in steps), 0, *steps]))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick_text))
 
 
-def _plain(value: float, position: int | None = None) -> str:
+def _tick_text(value: float, position: int | None = None) -> str:
     return f"{value:g}"
 
 
@@ -496,96 +413,3 @@ def _draw_point(
         markeredgecolor="white",
         markeredgewidth=0.6,
     )
-
-
-# Where a name may stand: the direction from its point, and the part of its box that is nearest.
-DIRECTIONS = (
-    (1.0, 0.0, "left", "center"),
-    (0.7, 0.7, "left", "bottom"),
-    (0.7, -0.7, "left", "top"),
-    (-1.0, 0.0, "right", "center"),
-    (-0.7, 0.7, "right", "bottom"),
-    (-0.7, -0.7, "right", "top"),
-    (0.0, 1.0, "center", "bottom"),
-    (0.0, -1.0, "center", "top"),
-)
-DISTANCES = (6.0, 14.0, 24.0, 36.0, 50.0)  # In points of the page; the longer have a line.
-
-
-def _label_points(axes: Axes, points: Sequence[Point], evaluation: str) -> None:
-    """Writes each point's name where it covers the least of the points, whiskers and names."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    pixel, renderer = figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
-    places = [(point.cost[0], point.accuracies[evaluation][0]) for point in points]
-    centres = axes.transData.transform(places)
-    markers = [_box(x - 4 * pixel, y - 4 * pixel, 8 * pixel, 8 * pixel) for x, y in centres]
-    whiskers = [box for point in points for box in _whiskers(axes, point, evaluation)]
-    names: list[Bbox] = []
-    solid = list(markers)
-    for i in sorted(range(len(points)), key=lambda i: places[i]):
-        text = axes.annotate(
-            points[i].label,
-            places[i],
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=SMALL,
-            color=DARK,
-            arrowprops={"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.7, "shrinkB": 4},
-        )
-        text.set_in_layout(False)
-        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
-        size = Text.get_window_extent(text, renderer)
-        least, taken = np.inf, [size]
-        for distance, (x, y, ha, va) in itertools.product(DISTANCES, DIRECTIONS):
-            offset = np.array([x, y]) * distance
-            box = _box_beside(centres[i] + offset * pixel, size, ha, va)
-            line = _line(centres[i], box) if distance > DISTANCES[0] else []
-            cost = 4 * pixel * distance + 5 * (size.width * size.height - _overlap(box, axes.bbox))
-            cost += 4 * sum(_overlap(box, each) for each in solid)
-            cost += 3 * sum(_overlap(box, each) for each in whiskers)
-            crossed = [each for each in (*markers, *names) if each is not markers[i]]
-            cost += 8 * sum(_overlap(part, each) for part in line for each in crossed)
-            if cost < least:
-                least, taken = cost, [box, *line]
-                text.set(horizontalalignment=ha, verticalalignment=va)
-                text.xyann = tuple(offset)
-                assert text.arrow_patch is not None
-                text.arrow_patch.set_visible(bool(line))
-        names.append(taken[0])
-        solid += taken
-
-
-def _line(start: np.ndarray, box: Bbox) -> list[Bbox]:
-    """Small boxes along the line from a point to the middle of its name, up to the name."""
-    end = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
-    along = [start + (end - start) * part for part in np.linspace(0, 1, 25)[1:]]
-    return [_box(x - 1.5, y - 1.5, 3, 3) for x, y in along if not box.contains(x, y)]
-
-
-def _box(x: float, y: float, width: float, height: float) -> Bbox:
-    return Bbox.from_bounds(x, y, width, height)
-
-
-def _box_beside(place: np.ndarray, size: Bbox, ha: str, va: str) -> Bbox:
-    """Where a text of that size stands if it is aligned at ``place``."""
-    left = place[0] - size.width * {"left": 0, "center": 0.5, "right": 1}[ha]
-    bottom = place[1] - size.height * {"bottom": 0, "center": 0.5, "top": 1}[va]
-    return _box(left, bottom, size.width, size.height)
-
-
-def _whiskers(axes: Axes, point: Point, evaluation: str) -> list[Bbox]:
-    """A point's two whiskers, two pixels wide."""
-    (middle, low, high), (mean, std) = point.cost, point.accuracies[evaluation]
-    std = float(np.nan_to_num(std))
-    low, high = (middle if np.isnan(each) else each for each in (low, high))
-    corners = [(low, mean), (high, mean), (middle, mean - std), (middle, mean + std)]
-    a, b, c, d = axes.transData.transform(corners)
-    return [_box(a[0], a[1] - 1, b[0] - a[0], 2), _box(c[0] - 1, c[1], 2, d[1] - c[1])]
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    """The area that two boxes share."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(0.0, width) * max(0.0, height)

@@ -10,12 +10,18 @@ from itertools import combinations
 import numpy as np
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from grap_solo.errors import ConfigError
-from grap_solo.records.runs import _group, _read_run
+from grap_solo.records.runs import read_run
 from grap_solo.report import plots
-from grap_solo.report.page import _gramian, report
-from grap_solo.report.plots import Point, last_epoch_median, mean_and_std, step_epochs, term_colors
+from grap_solo.report.curves import epoch_medians, last_epoch_median, mean_and_std, step_epochs
+from grap_solo.report.groups import _group
+from grap_solo.report.labels import Point, _overlap
+from grap_solo.report.page import report
+from grap_solo.report.plots import term_colors
+from grap_solo.report.sections import _gramian
 
 FOUR = ("nnclr", "attn_nnclr", "byol", "barlow")
 THREE = ("nnclr", "attn_nnclr", "feature")
@@ -152,7 +158,7 @@ def undrawn(monkeypatch):
     """Reports without pictures, which take most of the time."""
     for name in ("weight_panels", "alignment", "gramians", "accuracy_cost"):
         monkeypatch.setattr(
-            f"grap_solo.report.page.plot_{name}",
+            f"grap_solo.report.sections.plot_{name}",
             lambda _, target, *more: target.write_bytes(bytes(24)),
         )
 
@@ -310,9 +316,9 @@ def test_the_smoothing_is_the_median_of_the_steps_half_an_epoch_around():
     expected = [
         np.nanmedian(values[(epochs >= place - 0.5) & (epochs <= place + 0.5)]) for place in grid
     ]
-    np.testing.assert_allclose(plots._epoch_medians(each, grid), expected)
-    assert np.isnan(plots._epoch_medians(series([np.nan] * 8), grid)).all()
-    assert np.isnan(plots._epoch_medians(each, np.array([20.0]))).all()
+    np.testing.assert_allclose(epoch_medians(each, grid), expected)
+    assert np.isnan(epoch_medians(series([np.nan] * 8), grid)).all()
+    assert np.isnan(epoch_medians(each, np.array([20.0]))).all()
 
 
 def test_the_last_epoch_is_that_of_the_last_step():
@@ -376,7 +382,7 @@ def test_the_gramian_is_the_mean_over_the_last_epoch_of_all_runs(tmp_path):
     weights = dict(zip(FOUR, (0.5, 0.5, 2.5, 2.5)))
     for seed in (0, 1):
         write_run(tmp_path / f"grap-seed{seed}", weights, seed=seed, cosine=0.2 + 0.2 * seed)
-    runs = [_read_run(folder) for folder in sorted(tmp_path.iterdir())]
+    runs = [read_run(folder) for folder in sorted(tmp_path.iterdir())]
     (group,) = _group(runs, {})
     for run in runs:  # The first epochs do not count.
         for values in run.diagnostics.columns.values():
@@ -405,10 +411,10 @@ def test_names_of_methods_do_not_cover_each_other(figures):
     plots.plot_accuracy_cost(points, "")
     (axes,) = figures[0].axes
     figures[0].draw_without_rendering()
-    renderer = plots.FigureCanvasAgg(figures[0]).get_renderer()
-    boxes = [plots.Text.get_window_extent(text, renderer) for text in axes.texts]
+    renderer = FigureCanvasAgg(figures[0]).get_renderer()
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
     assert len(boxes) == len(points)
-    assert all(plots._overlap(a, b) == 0 for a, b in combinations(boxes, 2))
+    assert all(_overlap(a, b) == 0 for a, b in combinations(boxes, 2))
     assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
 
 

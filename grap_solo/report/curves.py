@@ -1,0 +1,85 @@
+"""The curves of a picture: smoothed, and averaged over runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+Series = tuple[np.ndarray, np.ndarray]
+"""The epoch of each of a run's steps and a value at each, both (N,)."""
+
+POINTS = 400  # At most so many of a curve are computed.
+
+
+def step_epochs(epochs: np.ndarray) -> np.ndarray:
+    """Where each step stands in its run, in epochs: 0.5 once half of the first one is done.
+
+    Args:
+        epochs: the epoch of each step, ascending, (N,).
+    """
+    done = np.arange(len(epochs)) - np.searchsorted(epochs, epochs) + 1
+    return epochs + done / np.bincount(epochs).max()
+
+
+def last_epoch_median(series: Series) -> float:
+    """The median of the last epoch's values, nan where there are none."""
+    epochs, values = series
+    last = values[(epochs > epochs[-1] - 1) & np.isfinite(values)]
+    return float(np.median(last)) if len(last) else np.nan
+
+
+def running_median(values: np.ndarray, width: int) -> np.ndarray:
+    """The median of the ``width`` values around each place, fewer at the ends."""
+    half = width // 2
+    around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([np.median(each) for each in around])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The mean of runs and their standard deviation, over epochs, each (N,)."""
+
+    epochs: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+    def draw(self, axes: Axes, color: str, width: float, style: Any = "-") -> None:
+        axes.plot(self.epochs, self.mean, color=color, linewidth=width, linestyle=style)
+
+    def draw_band(self, axes: Axes, color: str) -> None:
+        low, high = self.mean - self.std, self.mean + self.std
+        axes.fill_between(self.epochs, low, high, color=color, alpha=0.18, linewidth=0)
+
+
+def mean_curve(runs: Sequence[Series]) -> Curve:
+    """Of the runs, each smoothed."""
+    start, end = min(epochs[0] for epochs, _ in runs), max(epochs[-1] for epochs, _ in runs)
+    grid = np.linspace(start, end, min(POINTS, max(len(epochs) for epochs, _ in runs)))
+    return Curve(grid, *mean_and_std([epoch_medians(run, grid) for run in runs]))
+
+
+def epoch_medians(series: Series, grid: np.ndarray) -> np.ndarray:
+    """The median of the values within half an epoch of each place of ``grid``, nan if none is."""
+    epochs, values = series
+    known = np.isfinite(values)
+    if not known.any():
+        return np.full(len(grid), np.nan)
+    epochs, values = epochs[known], values[known]
+    first, last = np.searchsorted(epochs, grid - 0.5), np.searchsorted(epochs, grid + 0.5, "right")
+    counts = last - first
+    places = first[:, None] + np.arange(max(1, counts.max()))
+    around = np.where(places < last[:, None], values[places.clip(max=len(values) - 1)], np.nan)
+    around.sort(axis=1)  # What is beyond a window is nan, and so behind its values.
+    rows = np.arange(len(grid))
+    return (around[rows, (counts - 1) // 2] + around[rows, counts // 2]) / 2
+
+
+def mean_and_std(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation over the runs that have a value, nan where none has one
+    or, for the deviation, fewer than two have."""
+    table = np.ma.masked_invalid(np.stack(runs))
+    return table.mean(axis=0).filled(np.nan), table.std(axis=0, ddof=1).filled(np.nan)
