@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from grap_solo.records.files import (
     TERMS_FILE,
     WEIGHTS_FILE,
 )
+from grap_solo.records.tables import read_steps
 from grap_solo.records.weights import read_weights
 
 MEASURES = {
@@ -115,35 +115,22 @@ def find_runs(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _read_weights(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Terms, epochs (N,) and weights (N, K); nothing where no step was recorded."""
-    nothing = (), np.zeros(0, dtype=int), np.zeros((0, 0))
-    if not path.is_file():
-        return nothing
-    header, rows = read_table(path)
-    if header[:2] == ["step", "epoch"] and not rows:
-        return nothing
-    terms, steps, weights = read_weights(path)
-    return tuple(terms), _ascending(path, steps[:, 1]), weights
+    """Reads terms, epochs (N,) and weights (N, K); empty ones where no step was recorded."""
+    if path.is_file():
+        terms, steps, weights = read_weights(path, allow_no_rows=True)
+        if len(weights):
+            return tuple(terms), _ascending(path, steps[:, 1]), weights
+    return (), np.zeros(0, dtype=int), np.zeros((0, 0))
 
 
 def _read_diagnostics(path: Path) -> Diagnostics | None:
     if not path.is_file():
         return None
-    header, rows = read_table(path)
-    if header[:2] != ["step", "epoch"]:
-        raise ConfigError(f"{path}: damaged: its columns do not start with 'step,epoch'")
-    if not rows:
+    names, steps, numbers, skipped = read_steps(path, text="skipped", allow_empty=True)
+    if not len(steps):
         return None
-    numbers = [i for i, name in enumerate(header) if name != "skipped"]
-    try:
-        table = np.array([[row[i] or "nan" for i in numbers] for row in rows], dtype=float)
-        epochs = table[:, 1].astype(int)
-    except ValueError:
-        raise ConfigError(f"{path}: damaged: a value is not numeric: remove its row") from None
-    columns = {header[i]: table[:, place] for place, i in enumerate(numbers)}
-    place = header.index("skipped") if "skipped" in header else None
-    skipped = ["" if place is None else row[place].strip() for row in rows]
-    return Diagnostics(_ascending(path, epochs), columns, skipped)
+    columns = dict(zip(names, numbers.T, strict=True))
+    return Diagnostics(_ascending(path, steps[:, 1]), columns, skipped)
 
 
 def _ascending(path: Path, epochs: np.ndarray) -> np.ndarray:
@@ -216,21 +203,3 @@ def read_run(folder: Path) -> RunFiles:
         diagnostics=_read_diagnostics(folder / DIAGNOSTICS_FILE),
         result=result,
     )
-
-
-def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a CSV file in which every row is complete."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
-    except (UnicodeDecodeError, csv.Error):
-        raise ConfigError(f"{path}: damaged: not a CSV file: remove it or run again") from None
-    if not header:
-        raise ConfigError(f"{path}: damaged: it is empty: remove it or run again")
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise ConfigError(
-                f"{path}: damaged: row {number} has {len(row)} values for {len(header)} columns: "
-                "remove it"
-            )
-    return header, rows

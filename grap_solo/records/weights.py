@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,46 +12,62 @@ import yaml
 
 from grap_solo.errors import ConfigError
 from grap_solo.records.files import MEDIAN_FILE
+from grap_solo.records.tables import read_steps
 
 
 def read_weights(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], allow_no_rows: bool = False
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The terms, the steps and epochs (N, 2), and the weights (N, K) of a ``weights.csv``.
+    """Reads a ``weights.csv``.
+
+    Args:
+        path: the file.
+        allow_no_rows: accept a file in which no step is recorded yet.
+
+    Returns:
+        The K terms, the step and epoch of each row, (N, 2), and the effective weights, (N, K).
 
     Raises:
-        ConfigError: no such file, no rows, or rows that are not a trajectory's.
+        ConfigError: no such file, no rows, or a damaged file.
     """
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file: give the folder of a run that has been trained")
-    with open(path, newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    if header[:2] != ["step", "epoch"] or len(header) < 3 or not rows:
-        raise ConfigError(f"{path}: not a record of weights: expected 'step,epoch,TERM...' rows")
-    try:
-        table = np.array(rows, dtype=float)
-    except ValueError:
-        raise ConfigError(f"{path}: a row is cut short or not numeric: remove it") from None
-    return header[2:], table[:, :2].astype(int), table[:, 2:]
+    terms, steps, weights, _ = read_steps(Path(path))
+    if not terms:
+        raise ConfigError(f"{path}: not a record of weights: expected columns 'step,epoch,TERM...'")
+    if not len(weights) and not allow_no_rows:
+        raise ConfigError(f"{path}: no step is recorded in it: give the folder of a trained run")
+    return terms, steps, weights
 
 
 def format_weight(value: float) -> str:
-    """A weight with two decimals, or with two digits if it is below 0.01."""
+    """Formats a weight with two decimals, or with two digits if it is below 0.01."""
     return f"{value:.2f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
 
 
 def median_weights(path: str | os.PathLike[str], warmup_epochs: int = 0) -> dict[str, float]:
-    """The median effective weight of each term over the steps after the warm-up.
+    """Takes the median effective weight of each term over the steps after the warm-up.
 
     Args:
         path: a ``weights.csv``.
-        warmup_epochs: leading epochs to leave out, since the weights were held there. All steps
-            count where the run was no longer than that.
+        warmup_epochs: leading epochs to leave out, since the weights were held there. A run that
+            was no longer than that counts as a whole.
 
     Raises:
         ConfigError: see :func:`read_weights`.
     """
     return pooled_weights([path], [warmup_epochs])
+
+
+def median_of_rows(terms: Sequence[str], rows: np.ndarray) -> dict[str, float]:
+    """Takes the median of weights (N, K) by term, with the six digits that are written."""
+    return _by_term(terms, np.median(rows, axis=0))
+
+
+def after_warmup(epochs: np.ndarray, weights: np.ndarray, warmup_epochs: int) -> np.ndarray:
+    """Selects the rows of weights (N, K) after the warm-up; all rows if there is none after it."""
+    chosen = epochs >= warmup_epochs
+    return weights[chosen] if chosen.any() else weights
 
 
 def pooled_weights(
@@ -61,13 +76,13 @@ def pooled_weights(
     epochs: tuple[int, int] | None = None,
     last: int | None = None,
 ) -> dict[str, float]:
-    """One weight of each term from the effective weights of one or several runs' steps.
+    """Takes one weight for each term from the steps of one or several runs.
 
     Args:
         paths: the runs' ``weights.csv``.
         warmup_epochs: each run's leading epochs to leave out, unless ``epochs`` is given.
-        epochs: the first and last epoch, counted from 0, whose steps' median to take.
-        last: take the mean of so many last steps of each run instead of the median.
+        epochs: take the median over the steps from this first to this last epoch, counted from 0.
+        last: take the mean of this many last steps of each run instead of the median.
 
     Returns:
         The median, or mean, over the chosen steps of all runs together.
@@ -93,19 +108,24 @@ def pooled_weights(
             weights = weights[(epoch >= epochs[0]) & (epoch <= epochs[1])]
         elif last is not None:
             weights = weights[-last:]
-        elif (epoch >= warmup).any():
-            weights = weights[epoch >= warmup]
+        else:
+            weights = after_warmup(epoch, weights, warmup)
         chosen.append(weights)
     rows = np.concatenate(chosen)
     if not len(rows):
         assert epochs is not None
         raise ConfigError(f"retrain: no step in the epochs {epochs[0]} to {epochs[1]}: give others")
-    pooled = np.median(rows, axis=0) if last is None else rows.mean(axis=0)
-    return {term: float(f"{value:.6g}") for term, value in zip(first_terms, pooled, strict=True)}
+    return (
+        median_of_rows(first_terms, rows) if last is None else _by_term(first_terms, rows.mean(0))
+    )
+
+
+def _by_term(terms: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    return {term: float(f"{value:.6g}") for term, value in zip(terms, values, strict=True)}
 
 
 def write_median(path: Path, warmup_epochs: int) -> None:
-    """Writes the median beside a ``weights.csv``, as a block to train with."""
+    """Writes the median beside a ``weights.csv``, as a block of a configuration."""
     block: dict[str, Any] = {"name": "fixed", "weights": median_weights(path, warmup_epochs)}
     text = "# Median of the effective weights over the run's steps, as a block to train with.\n"
     if min(block["weights"].values()) < 0 or not any(block["weights"].values()):
@@ -115,7 +135,7 @@ def write_median(path: Path, warmup_epochs: int) -> None:
 
 
 def read_median(path: str | os.PathLike[str]) -> dict[str, float]:
-    """The weights in a ``median_weights.yaml``.
+    """Reads the weights in a ``median_weights.yaml``.
 
     Raises:
         ConfigError: no such file, or one without the block.

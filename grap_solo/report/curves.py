@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 Series = tuple[np.ndarray, np.ndarray]
@@ -33,10 +34,20 @@ def last_epoch_median(series: Series) -> float:
 
 
 def running_median(values: np.ndarray, width: int) -> np.ndarray:
-    """The median of the ``width`` values around each place, fewer at the ends."""
+    """Takes the median of the ``width`` values around each place, fewer at the ends.
+
+    The window has a middle: an even width is made one longer. A NaN makes its windows' medians
+    NaN.
+    """
     half = width // 2
-    around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return np.array([np.median(each) for each in around])
+    window = pd.Series(values).rolling(2 * half + 1, center=True, min_periods=1)
+    medians = window.median().to_numpy(copy=True)
+    # pandas leaves NaN and infinity out: take numpy's median of the windows that hold any.
+    broken = pd.Series(~np.isfinite(values), dtype=float)
+    touched = broken.rolling(2 * half + 1, center=True, min_periods=1).max()
+    for place in np.flatnonzero(touched):
+        medians[place] = np.median(values[max(0, place - half) : place + half + 1])
+    return medians
 
 
 @dataclass(frozen=True)

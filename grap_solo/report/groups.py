@@ -19,8 +19,8 @@ from grap_solo.records.runs import (
     find_runs,
     read_mapping,
     read_run,
-    read_table,
 )
+from grap_solo.records.tables import read_table
 from grap_solo.report.curves import mean_and_std
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from grap_solo.records.weights import format_weight, median_weights, read_weights
+from grap_solo.records.weights import after_warmup, format_weight, median_of_rows, read_weights
 from grap_solo.report.curves import (
     Series,
     last_epoch_median,
@@ -56,7 +56,7 @@ def plot_weights(
         ConfigError: see :func:`~grap_solo.records.weights.read_weights`.
     """
     terms, steps, weights = read_weights(source)
-    medians = median_weights(source, warmup_epochs)
+    medians = median_of_rows(terms, after_warmup(steps[:, 1], weights, warmup_epochs))
     per_epoch = np.bincount(steps[:, 1]).max()
     epochs = steps[:, 0] / per_epoch
     figure = Figure(figsize=(9, 4.2), layout="constrained")  # Without pyplot: no global state.
