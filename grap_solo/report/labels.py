@@ -13,8 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-SMALL = 8.0
-DARK = "#222222"
+from grap_solo.report.layout import DARK, SMALL
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,17 +11,32 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from grap_solo.records.weights import after_warmup, format_weight, median_of_rows, read_weights
 from grap_solo.report.curves import (
-    Series,
     last_epoch_median,
     mean_and_std,
     mean_curve,
     running_median,
 )
-from grap_solo.report.labels import DARK, SMALL, Point, label_points
+from grap_solo.report.labels import Point, label_points
+from grap_solo.report.layout import (
+    DARK,
+    GREY,
+    PALE,
+    SMALL,
+    WIDTH,
+    Panels,
+    add_legend,
+    dash_references,
+    set_weight_scale,
+    small_multiples,
+    take_turns,
+    tick_text,
+    tidy,
+    write_title,
+)
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
 COLORS = (
@@ -90,9 +104,6 @@ def plot_weights(
 # ---- what a report draws of many runs ---------------------------------------------------------
 
 
-Panels = Mapping[str, Mapping[str, Sequence[Series]]]
-"""For each method, for each of its terms, the series of each of its runs."""
-
 COMPOSITE = "composite loss"
 """In place of a term: the weighted sum of all terms."""
 
@@ -109,10 +120,6 @@ MORE_COLORS = (
     "#44AA99",
     "#661100",
 )
-DECADES = 3  # Of the logarithmic part of the axis of weights that are all below 1.
-WIDTH = 9.0  # Of a figure, in inches.
-PER_ROW = 4
-GREY, PALE = "#666666", "#d4d4d4"
 
 
 def term_colors(terms: Sequence[str]) -> dict[str, str]:
@@ -136,22 +143,22 @@ def plot_weight_panels(
         colors: of each term.
         references: for each method, its terms' reference weights, drawn dashed.
     """
-    figure, grid = _small_multiples(panels)
+    figure, grid = small_multiples(panels)
     for axes, (method, terms) in zip(grid, panels.items(), strict=True):
         curves = {term: mean_curve(runs) for term, runs in terms.items()}
-        _dash_references(axes, references.get(method, {}), colors)
+        dash_references(axes, references.get(method, {}), colors)
         for term, curve in curves.items():
             same = [each for each in curves if np.array_equal(curve.mean, curves[each].mean)]
             curve.draw_band(axes, colors[term])
-            curve.draw(axes, colors[term], 1.7, _turns(same.index(term), len(same)))
-        _title(axes, method, _count(len(next(iter(terms.values())))))
-    _log_above(grid)
+            curve.draw(axes, colors[term], 1.7, take_turns(same.index(term), len(same)))
+        write_title(axes, method, _count(len(next(iter(terms.values())))))
+    set_weight_scale(grid)
     drawn = dict.fromkeys(term for terms in panels.values() for term in terms)
     handles = [Line2D([], [], color=colors[term], linewidth=2, label=term) for term in drawn]
     if any(references.values()):
         dashed: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 1.1}
         handles.append(Line2D([], [], **dashed, label="reference weight"))
-    _finish(figure, handles, "epoch", "effective weight")
+    add_legend(figure, handles, "epoch", "effective weight")
     _save(figure, target)
 
 
@@ -168,7 +175,7 @@ def plot_alignment(
         target: the PNG file to write.
         colors: of each term.
     """
-    figure, grid = _small_multiples(panels)
+    figure, grid = small_multiples(panels)
     composites = {method: mean_curve(terms[COMPOSITE]) for method, terms in panels.items()}
     for axes, (method, terms) in zip(grid, panels.items(), strict=True):
         axes.axhline(0, color=GREY, linewidth=0.7)
@@ -180,7 +187,7 @@ def plot_alignment(
                 mean_curve(runs).draw(axes, colors[term], 1.1)
         composites[method].draw_band(axes, DARK)
         composites[method].draw(axes, DARK, 2.0)
-        _title(axes, method, _spread([last_epoch_median(run) for run in terms[COMPOSITE]]))
+        write_title(axes, method, _spread([last_epoch_median(run) for run in terms[COMPOSITE]]))
         axes.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
     drawn = dict.fromkeys(term for terms in panels.values() for term in terms)
     handles = [Line2D([], [], color=DARK, linewidth=2, label=COMPOSITE)]
@@ -191,7 +198,7 @@ def plot_alignment(
     ]
     if len(panels) > 1:
         handles.append(Line2D([], [], color=PALE, linewidth=1.4, label="that of the other methods"))
-    _finish(figure, handles, "epoch", "cosine with the downstream gradient")
+    add_legend(figure, handles, "epoch", "cosine with the downstream gradient")
     _save(figure, target)
 
 
@@ -261,78 +268,18 @@ def plot_accuracy_cost(points: Sequence[Point], target: str | os.PathLike[str]) 
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(FuncFormatter(_tick_text))
+            axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
         axes.margins(0.16, 0.14)
         axes.set_ylabel(f"{evaluation}, top-1 in %", fontsize=9, color=DARK)
         axes.set_xlabel("cost of training, relative to fixed weights", fontsize=9, color=DARK)
         axes.grid(color="#eeeeee", linewidth=0.8)
         axes.set_axisbelow(True)
-        _tidy(axes)
+        tidy(axes)
     figure.draw_without_rendering()  # The layout is known from here on.
     for axes, evaluation in zip(panels, evaluations, strict=True):
         drawn = [point for point in points if evaluation in point.accuracies]
         label_points(axes, drawn, evaluation)
     _save(figure, target)
-
-
-def _small_multiples(panels: Panels) -> tuple[Figure, list[Axes]]:
-    """A figure with a place for each method, at most four in a row, on common axes."""
-    count = len(panels)
-    columns = min(PER_ROW, count)
-    rows = -(-count // columns)
-    width = WIDTH if columns > 2 else 3.6 * columns + 1.2
-    height = (2.0 if columns > 2 else 2.9) * rows + 0.8
-    figure = Figure(figsize=(width, height), layout="constrained")
-    every = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    for axes in every[count:]:
-        axes.set_visible(False)
-    for axes in every[:count]:
-        _tidy(axes)
-        axes.tick_params(labelbottom=True)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
-        axes.set_axisbelow(True)
-    runs = [run for terms in panels.values() for each in terms.values() for run in each]
-    every[0].set_xlim(0, max(epochs[-1] for epochs, _ in runs))
-    return figure, every[:count]
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(GREY)
-    axes.tick_params(labelsize=SMALL, colors=DARK, length=3, color=GREY)
-
-
-def _title(axes: Axes, left: str, right: str) -> None:
-    """The panel's name, and in grey what is to be known of it: beside it, or below a long one."""
-    if len(left) + len(right) > 24:
-        left = textwrap.fill(left, 24) + "\n "
-    axes.set_title(left, loc="left", fontsize=9.5, color=DARK)
-    axes.set_title(right, loc="right", fontsize=SMALL, color=GREY)
-
-
-def _finish(figure: Figure, handles: Sequence[Line2D], x: str, y: str) -> None:
-    """The legend above the panels and the names of their axes."""
-    figure.supxlabel(x, fontsize=9, color=DARK)
-    figure.supylabel(y, fontsize=9, color=DARK)
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=_legend_columns([str(each.get_label()) for each in handles], figure.get_figwidth()),
-        frameon=False,
-        fontsize=9,
-        labelcolor=DARK,
-    )
-
-
-def _legend_columns(labels: Sequence[str], width: float) -> int:
-    """As many columns as fit side by side into so many inches."""
-    lengths = np.array([len(each) for each in labels])
-    for columns in range(len(labels), 1, -1):
-        longest = [part.max() for part in np.array_split(lengths, columns)]
-        if sum(0.65 + 0.08 * each for each in longest) <= width:
-            return -(-len(labels) // -(-len(labels) // columns))  # Rows of one length.
-    return 1
 
 
 def _save(figure: Figure, target: str | os.PathLike[str]) -> None:
@@ -354,44 +301,6 @@ def _spread(values: Sequence[float]) -> str:
     if np.isnan(mean):
         return ""
     return _signed(mean, 3) + ("" if np.isnan(std) else f" ± {std:.3f}")
-
-
-def _turns(turn: int, of: int, gap: float = 0) -> Any:
-    """The line style of one of several lines in one place, which take turns with their dashes."""
-    dash = 4.0
-    if of == 1 and not gap:
-        return "-"
-    return (-turn * (dash + gap), (dash, gap + (of - 1) * (dash + gap)))
-
-
-def _dash_references(axes: Axes, reference: Mapping[str, float], colors: Mapping[str, str]) -> None:
-    """A dashed line for each weight; terms that share one take turns."""
-    for term, value in reference.items():
-        sharing = [each for each in reference if reference[each] == value]
-        style = _turns(sharing.index(term), len(sharing), gap=2)
-        axes.axhline(
-            value, color=colors[term], linestyle=style, linewidth=1.0, alpha=0.8, zorder=1.5
-        )
-
-
-def _log_above(grid: Sequence[Axes]) -> None:
-    """The y-axis of weights: linear near 0, which is a weight too, and logarithmic above 0.1, or
-    above less where every weight is below 1."""
-    low, high = min(each.dataLim.y0 for each in grid), max(each.dataLim.y1 for each in grid)
-    first = -1 if high >= 1 or high <= 0 else math.floor(math.log10(high)) - DECADES + 1
-    linear_below = 10.0**first
-    axes, steps = grid[0], [scale * 10.0**power for power in range(first, 7) for scale in (1, 3)]
-    low = -0.1 * linear_below if low >= 0 else 1.1 * low
-    high = max(high, linear_below)
-    axes.set_yscale("symlog", linthresh=linear_below, linscale=0.4)
-    axes.set_ylim(low, next((each for each in steps if high <= each <= 1.5 * high), 1.1 * high))
-    axes.yaxis.set_major_locator(FixedLocator([*(-each for each in steps), 0, *steps]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick_text))
-
-
-def _tick_text(value: float, position: int | None = None) -> str:
-    return f"{value:g}"
 
 
 def _draw_point(
