@@ -1,4 +1,4 @@
-"""What runs and comparisons have left in their folders, read for a report."""
+"""Reads run folders: one, or all that a folder holds."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ MEASURES = {
     "knn": "k-NN",
     "rankme": "RankMe",
 }
-"""What ``result.json`` holds, and how a table names it."""
+"""The measures in ``result.json``, by key, and their names in tables."""
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """A ``diagnostics.csv``.
+    """The rows of a ``diagnostics.csv``.
 
     Attributes:
         epochs: the epoch of each row, (N,).
-        columns: its numbers by column, each (N,), nan where there is none.
-        skipped: why the row's step was not learned from, or an empty text.
+        columns: the numbers of each column, (N,); NaN where none was recorded.
+        skipped: for each row, why the weights did not learn from the step; empty if they did.
     """
 
     epochs: np.ndarray
@@ -49,20 +49,20 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What is read of one run.
+    """The content of one run folder.
 
     Attributes:
-        folder: where it is.
-        method: the method that it is a run of.
-        seed: its seed, if any file or the folder's name says.
-        config: its ``config.yaml``; empty without one.
-        rule: the name of its weighting; empty if no file says.
-        terms: its terms, in order; none without weights.
-        reference: the method's reference weights of these terms; none if no file says.
+        folder: its path.
+        method: the run's method.
+        seed: the seed, if a file or the folder's name gives it.
+        config: the content of ``config.yaml``; empty without the file.
+        rule: the name of the weighting; empty if no file gives it.
+        terms: the K terms, in order; empty without recorded weights.
+        reference: the method's reference weights for these terms; empty if no file gives them.
         epochs: the epoch of each step, (N,).
         weights: the effective weights, (N, K).
-        diagnostics: what was recorded of its gradients, if anything was.
-        result: its ``result.json``; empty without one.
+        diagnostics: the recorded diagnostics; None without any.
+        result: the content of ``result.json``; empty without the file.
     """
 
     folder: Path
@@ -78,7 +78,7 @@ class RunFiles:
     result: dict[str, Any]
 
     def setting(self) -> tuple[str, str, str]:
-        """What all runs of one group have in common, in words."""
+        """Returns data set, number of epochs and terms as texts: equal for all runs of a group."""
         data, epochs = self.config.get("data") or {}, self.config.get("max_epochs")
         dataset = data.get("dataset") if isinstance(data, dict) else None
         return (
@@ -89,26 +89,33 @@ class RunFiles:
 
 
 def absolute(path: Path) -> Path:
-    """With a name and a parent, whatever is given; a link stays where it is."""
+    """Makes a path absolute, so that it has a name and a parent. Links are not followed."""
     return Path(os.path.abspath(path))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's."""
+    """Tells whether a folder is a run folder."""
     return any((folder / name).is_file() for name in (WEIGHTS_FILE, RESULT_FILE))
 
 
 def find_runs(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The runs in a folder, itself or those that it holds, and the folders that hold none."""
+    """Finds runs: the folder itself, or the run folders in it.
+
+    Returns:
+        The runs, and the folders of runs that have not recorded a step yet.
+
+    Raises:
+        ConfigError: no such folder, or no run in it.
+    """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder: give that of a run, or one that holds runs")
+        raise ConfigError(f"{folder}: no such folder: give a run folder, or a folder of runs")
     if is_run(folder):
         return [folder], []
     inside = sorted(each for each in folder.iterdir() if each.is_dir())
     runs = [each for each in inside if is_run(each)]
     if not runs:
         raise ConfigError(
-            f"{folder}: no run in it: give a folder with a {WEIGHTS_FILE}, or one that holds such"
+            f"{folder}: no run in it: give a folder with a {WEIGHTS_FILE}, or a folder of runs"
         )
     started = [each for each in inside if each not in runs and (each / CONFIG_FILE).is_file()]
     return runs, started
@@ -142,7 +149,11 @@ def _ascending(path: Path, epochs: np.ndarray) -> np.ndarray:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file's keys, or none without the file."""
+    """Reads the keys and values of a JSON or YAML file; empty without the file.
+
+    Raises:
+        ConfigError: a damaged file.
+    """
     if not path.is_file():
         return {}
     try:
@@ -165,7 +176,7 @@ def _read_result(path: Path) -> dict[str, Any]:
 
 
 def _read_terms(path: Path) -> tuple[str, dict[str, float]]:
-    """The name of the weighting and the reference weights; nothing without the file."""
+    """Reads the name of the weighting and the reference weights; both empty without the file."""
     content = read_mapping(path)
     reference = content.get("reference_weights") or {}
     numbers = isinstance(reference, dict) and all(
@@ -179,6 +190,11 @@ def _read_terms(path: Path) -> tuple[str, dict[str, float]]:
 
 
 def read_run(folder: Path) -> RunFiles:
+    """Reads a run folder.
+
+    Raises:
+        ConfigError: a damaged file; the line names it.
+    """
     config = read_mapping(folder / CONFIG_FILE)
     result = _read_result(folder / RESULT_FILE)
     name = absolute(folder).name
@@ -188,7 +204,7 @@ def read_run(folder: Path) -> RunFiles:
     terms, epochs, weights = _read_weights(folder / WEIGHTS_FILE)
     rule, reference = _read_terms(folder / TERMS_FILE)
     block = config.get("weighting")
-    if not rule and isinstance(block, dict):  # A run of before there was such a file.
+    if not rule and isinstance(block, dict):  # An older run has no terms.yaml.
         rule = str(block.get("name") or "")
     return RunFiles(
         folder=folder,

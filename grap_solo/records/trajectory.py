@@ -1,4 +1,4 @@
-"""Effective weights over a run: recorded step by step, read back, and their median."""
+"""Records the effective weights and the diagnostics of a run, step by step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from grap_solo.weighting import CAUSES
 
 
 class _Table:
-    """A CSV file of one row for each optimiser step, whose numbers wait on the device.
+    """Appends one row per optimiser step to a CSV file. The numbers stay on the device until then.
 
     Args:
         path: the file.
         columns: its header, after ``step,epoch``.
-        kept: the last step whose rows, written by an earlier part of the run, stay.
+        kept: the step that the run resumes after. Rows up to it stay, later ones are dropped.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], kept: int) -> None:
@@ -43,10 +43,11 @@ class _Table:
             writer.writerows(rows)
 
     def flush(self, last: Sequence[str] = ()) -> None:
-        """Appends the rows that wait: one transfer from the device for all of them.
+        """Appends the waiting rows, with one transfer from the device for all of them.
 
         Args:
-            last: the texts of which the last column is an index; none for a table of numbers.
+            last: the texts for the last column, whose numbers are indexes into them. None for a
+                table of numbers.
         """
         if not self.waiting:
             return
@@ -60,18 +61,18 @@ class _Table:
 
 
 class TrajectoryRecorder(Callback):
-    """Writes ``weights.csv`` while a method trains, ``terms.yaml`` before that and
+    """Writes ``terms.yaml`` when training starts, ``weights.csv`` during it and
     ``median_weights.yaml`` at its end.
 
-    A row is written for each optimiser step: ``step,epoch`` and a column of effective weights for
-    each term. A weighting that needs gradients gets ``diagnostics.csv`` too, with the columns of
-    :func:`~grap_solo.diagnostics.diagnostic_names` and ``skipped``, why a step was not learned
-    from. Rows stay on the device until the epoch ends, so that recording costs no
-    synchronisation. A resumed run drops the rows that it is about to write again.
+    ``weights.csv`` has a row for each optimiser step: ``step,epoch`` and the effective weight of
+    each term. With a weighting that needs gradients, ``diagnostics.csv`` has a row too: the
+    columns of :func:`~grap_solo.diagnostics.diagnostic_names`, and ``skipped``, the reason why the
+    weights did not learn from the step. Rows stay on the device until the epoch ends, so that
+    recording never makes the host wait. A resumed run drops the rows that it will write again.
 
     Args:
-        directory: where to write. When None, the folder of solo-learn's checkpoints if its
-            Checkpointer is there, else the trainer's.
+        directory: where to write. By default the folder of solo-learn's Checkpointer, if the
+            trainer has one, else the trainer's ``default_root_dir``.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
@@ -137,7 +138,7 @@ class TrajectoryRecorder(Callback):
 
 
 def write_terms(path: Path, pl_module: Any) -> None:
-    """Writes what a run trains: the method, the rule, and the terms' reference weights."""
+    """Writes ``terms.yaml``: the method, the rule, and the terms' reference weights."""
     weighting = pl_module.weighting
     reference = zip(weighting.terms, weighting.reference.tolist(), strict=True)
     content = {

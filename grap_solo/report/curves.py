@@ -1,4 +1,4 @@
-"""The curves of a picture: smoothed, and averaged over runs."""
+"""Curves over a training: smoothed, and averaged over runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 Series = tuple[np.ndarray, np.ndarray]
 """The epoch of each of a run's steps and a value at each, both (N,)."""
 
-POINTS = 400  # At most so many of a curve are computed.
+POINTS = 400  # The most points that a curve is drawn from.
 
 
 def step_epochs(epochs: np.ndarray) -> np.ndarray:
-    """Where each step stands in its run, in epochs: 0.5 once half of the first one is done.
+    """Places each step on an axis of epochs: 0.5 is the step after which half an epoch is done.
 
     Args:
         epochs: the epoch of each step, ascending, (N,).
@@ -27,7 +27,7 @@ def step_epochs(epochs: np.ndarray) -> np.ndarray:
 
 
 def last_epoch_median(series: Series) -> float:
-    """The median of the last epoch's values, nan where there are none."""
+    """Takes the median of the last epoch's values; NaN if there are none."""
     epochs, values = series
     last = values[(epochs > epochs[-1] - 1) & np.isfinite(values)]
     return float(np.median(last)) if len(last) else np.nan
@@ -52,7 +52,7 @@ def running_median(values: np.ndarray, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean of runs and their standard deviation, over epochs, each (N,)."""
+    """Mean and standard deviation over runs, at each place on the axis of epochs; all (N,)."""
 
     epochs: np.ndarray
     mean: np.ndarray
@@ -67,14 +67,19 @@ class Curve:
 
 
 def mean_curve(runs: Sequence[Series]) -> Curve:
-    """Of the runs, each smoothed."""
+    """Smooths each run and averages the runs."""
     start, end = min(epochs[0] for epochs, _ in runs), max(epochs[-1] for epochs, _ in runs)
     grid = np.linspace(start, end, min(POINTS, max(len(epochs) for epochs, _ in runs)))
     return Curve(grid, *mean_and_std([epoch_medians(run, grid) for run in runs]))
 
 
 def epoch_medians(series: Series, grid: np.ndarray) -> np.ndarray:
-    """The median of the values within half an epoch of each place of ``grid``, nan if none is."""
+    """Takes the median of the values within half an epoch of each place; NaN without values.
+
+    Args:
+        series: the epochs and the values of a run, both (N,).
+        grid: the places, in epochs, (M,).
+    """
     epochs, values = series
     known = np.isfinite(values)
     if not known.any():
@@ -84,13 +89,15 @@ def epoch_medians(series: Series, grid: np.ndarray) -> np.ndarray:
     counts = last - first
     places = first[:, None] + np.arange(max(1, counts.max()))
     around = np.where(places < last[:, None], values[places.clip(max=len(values) - 1)], np.nan)
-    around.sort(axis=1)  # What is beyond a window is nan, and so behind its values.
+    around.sort(axis=1)  # NaN, beyond the window, sorts to the end.
     rows = np.arange(len(grid))
     return (around[rows, (counts - 1) // 2] + around[rows, counts // 2]) / 2
 
 
 def mean_and_std(runs: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and sample standard deviation over the runs that have a value, nan where none has one
-    or, for the deviation, fewer than two have."""
+    """Takes mean and sample standard deviation over runs, leaving out NaN.
+
+    The mean is NaN where no run has a value; the deviation where fewer than two have one.
+    """
     table = np.ma.masked_invalid(np.stack(runs))
     return table.mean(axis=0).filled(np.nan), table.std(axis=0, ddof=1).filled(np.nan)

@@ -1,4 +1,4 @@
-"""Runs grouped by method, and the table of each folder of runs: all that a report shows."""
+"""Groups the runs of a report by method, and reads or builds the table of each folder."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Summary:
     """The table of a folder of runs.
 
     Attributes:
-        folder: where its runs are.
-        columns: the names of its columns, those of a ``summary.csv``.
-        rows: the texts of each row, by column.
-        written: whether it was read from a ``summary.csv``.
+        folder: the folder of runs.
+        columns: the names of the columns, as in a ``summary.csv``.
+        rows: the cells of each row, by column.
+        written: whether the table was read from a ``summary.csv`` and not built.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Summary:
 
 @dataclass(eq=False)
 class Group:
-    """The runs of one method in one folder; its label is unlike every other group's."""
+    """The runs of one method in one folder, with a label that no other group has."""
 
     method: str
     folder: Path
@@ -61,12 +61,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is read of all folders.
+    """All that a report shows.
 
     Attributes:
         groups: the runs that have recorded something, by method.
-        summaries: one for each folder that holds such runs.
-        empty: the runs that have recorded nothing.
+        summaries: the table of each folder of such runs.
+        empty: the folders of runs that have recorded nothing.
     """
 
     groups: list[Group]
@@ -75,16 +75,16 @@ class Recorded:
 
 
 def read_recorded(folders: Sequence[Path]) -> Recorded:
-    """Reads runs, and folders that hold runs, such as a comparison's.
+    """Reads run folders, and folders of runs such as a comparison's.
 
     Args:
-        folders: of either kind.
+        folders: folders of either kind.
 
     Raises:
         ConfigError: a folder without a run, or a damaged file.
     """
     if not folders:
-        raise ConfigError("report: give at least one folder of a run, or one that holds runs")
+        raise ConfigError("report: give at least one folder: a run folder, or a folder of runs")
     found = [find_runs(folder) for folder in folders]
     paths = {absolute(path): path for inside, _ in found for path in inside}
     runs = [read_run(path) for path in paths.values()]
@@ -106,7 +106,7 @@ def read_recorded(folders: Sequence[Path]) -> Recorded:
 
 
 def _group(runs: Sequence[RunFiles], summaries: Mapping[Path, Summary]) -> list[Group]:
-    """The runs by method; those of different folders or settings are not thrown together.
+    """Groups runs by folder, method and setting.
 
     The methods of a folder are in the order of its summary, or of their names.
     """
@@ -131,7 +131,7 @@ def _group(runs: Sequence[RunFiles], summaries: Mapping[Path, Summary]) -> list[
 
 
 def _label(group: Group, namesakes: Sequence[Group]) -> str:
-    """The method and, if other groups are of the same one, what this group differs by."""
+    """Names a group: its method and, if other groups share it, how this group differs."""
     names = folder_names(each.folder for each in namesakes)
     counted = len({len(each.terms) for each in namesakes}) == len({e.terms for e in namesakes})
     traits = []
@@ -142,21 +142,21 @@ def _label(group: Group, namesakes: Sequence[Group]) -> str:
     mine = traits[namesakes.index(group)]
     values = [len({each[i] for each in traits}) for i in range(len(mine))]
     differing = [i for i, count in enumerate(values) if count > 1]
-    if differing and len(traits) in values:  # One trait is enough to tell them all apart.
+    if differing and len(traits) in values:  # One trait tells all of them apart.
         differing = [values.index(len(traits))]
     words = [mine[i] for i in differing if mine[i]]
     return f"{group.method} ({', '.join(words)})" if words else group.method
 
 
 def folder_names(folders: Iterable[Path]) -> dict[Path, str]:
-    """The last part of each folder's path, or all of it if two would be called the same."""
+    """Names folders by the last part of their paths, or by the whole paths if two would clash."""
     different = dict.fromkeys(folders)
     short = len({folder.name for folder in different}) == len(different)
     return {folder: folder.name if short else str(folder) for folder in different}
 
 
 def _read_summary(folder: Path) -> Summary | None:
-    """A comparison's table, with the costs that it lacks from the file beside it."""
+    """Reads a ``summary.csv``, and the costs missing in it from the ``cost.json`` beside it."""
     path = folder / SUMMARY_FILE
     if not path.is_file():
         return None
@@ -174,7 +174,7 @@ def _read_summary(folder: Path) -> Summary | None:
 
 
 def _build_summary(folder: Path, groups: Sequence[Group]) -> Summary:
-    """The table of runs without a ``summary.csv``, from their results and their weights."""
+    """Builds the table of a folder without a ``summary.csv`` from its runs."""
     costs = _read_costs(folder / COST_FILE)
     rows = []
     for group in groups:
@@ -202,7 +202,9 @@ def _read_costs(path: Path) -> dict[str, dict[str, float]]:
         if not isinstance(each, dict) or not all(
             isinstance(value, int | float) for value in each.values() if value is not None
         ):
-            raise ConfigError(f"{path}: damaged: '{method}' holds no median, min and max")
+            raise ConfigError(
+                f"{path}: damaged: '{method}' holds no median, min and max: remove the file"
+            )
     return costs
 
 
@@ -216,7 +218,7 @@ def _text(value: float | None) -> str:
 
 
 def to_float(text: str | None) -> float:
-    """A cell's number; nan where there is none."""
+    """Reads a cell's number; NaN if there is none."""
     try:
         return float(text or "nan")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Names beside points, each where it hides the least."""
+"""Writes names beside points, where they cover the least."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from grap_solo.report.layout import DARK, SMALL
 
 @dataclass(frozen=True)
 class Point:
-    """A method among others, by what it costs and what it reaches.
+    """A method's cost and accuracies.
 
     Attributes:
-        label: its name.
-        cost: the time of its steps, in those of another method, and the least and the most of it;
-            the two may be nan.
-        accuracies: for each evaluation, its mean and standard deviation in percent; either may be
-            nan.
+        label: the method's name.
+        cost: median, minimum and maximum of the time of a step relative to fixed weights. The
+            last two may be NaN.
+        accuracies: for each evaluation, mean and standard deviation in percent. The deviation may
+            be NaN.
     """
 
     label: str
@@ -33,7 +33,7 @@ class Point:
     accuracies: Mapping[str, tuple[float, float]]
 
 
-# Where a name may stand: the direction from its point, and the part of its box that is nearest.
+# The places for a name: the direction from its point, and how the text is aligned there.
 DIRECTIONS = (
     (1.0, 0.0, "left", "center"),
     (0.7, 0.7, "left", "bottom"),
@@ -45,11 +45,15 @@ DIRECTIONS = (
     (0.0, -1.0, "center", "top"),
 )
 
-DISTANCES = (6.0, 14.0, 24.0, 36.0, 50.0)  # In points of the page; the longer have a line.
+DISTANCES = (6.0, 14.0, 24.0, 36.0, 50.0)  # In points; beyond the first, a line leads there.
 
 
 def label_points(axes: Axes, points: Sequence[Point], evaluation: str) -> None:
-    """Writes each point's name where it covers the least of the points, whiskers and names."""
+    """Writes each point's name where it covers the least of the points, whiskers and names.
+
+    Tries every direction and distance for one name after the other and keeps the cheapest place.
+    The layout of the figure must be final.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
     pixel, renderer = figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
@@ -93,7 +97,7 @@ def label_points(axes: Axes, points: Sequence[Point], evaluation: str) -> None:
 
 
 def _line(start: np.ndarray, box: Bbox) -> list[Bbox]:
-    """Small boxes along the line from a point to the middle of its name, up to the name."""
+    """Covers the line from a point to its name with small boxes."""
     end = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
     along = [start + (end - start) * part for part in np.linspace(0, 1, 25)[1:]]
     return [_box(x - 1.5, y - 1.5, 3, 3) for x, y in along if not box.contains(x, y)]
@@ -104,14 +108,14 @@ def _box(x: float, y: float, width: float, height: float) -> Bbox:
 
 
 def _box_beside(place: np.ndarray, size: Bbox, ha: str, va: str) -> Bbox:
-    """Where a text of that size stands if it is aligned at ``place``."""
+    """Returns the box of a text of this size that is aligned at ``place``."""
     left = place[0] - size.width * {"left": 0, "center": 0.5, "right": 1}[ha]
     bottom = place[1] - size.height * {"bottom": 0, "center": 0.5, "top": 1}[va]
     return _box(left, bottom, size.width, size.height)
 
 
 def _whiskers(axes: Axes, point: Point, evaluation: str) -> list[Bbox]:
-    """A point's two whiskers, two pixels wide."""
+    """Returns the boxes of a point's two whiskers, two pixels wide."""
     (middle, low, high), (mean, std) = point.cost, point.accuracies[evaluation]
     std = float(np.nan_to_num(std))
     low, high = (middle if np.isnan(each) else each for each in (low, high))
@@ -121,7 +125,7 @@ def _whiskers(axes: Axes, point: Point, evaluation: str) -> list[Bbox]:
 
 
 def _overlap(one: Bbox, other: Bbox) -> float:
-    """The area that two boxes share."""
+    """Returns the area that two boxes share."""
     width = min(one.x1, other.x1) - max(one.x0, other.x0)
     height = min(one.y1, other.y1) - max(one.y0, other.y0)
     return max(0.0, width) * max(0.0, height)

@@ -1,4 +1,4 @@
-"""How the pictures of a report look: panels, axes, titles, legends and their sizes."""
+"""The look of a report's pictures: panels, axes, titles and legends."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ SMALL = 8.0  # The smaller font size, in points.
 DARK, GREY, PALE = "#222222", "#666666", "#d4d4d4"
 
 Panels = Mapping[str, Mapping[str, Sequence[Series]]]
-"""For each method, for each of its terms, the series of each of its runs."""
+"""The series of each run, by method and by term."""
 
-DECADES = 3  # Of the logarithmic part of the axis of weights that are all below 1.
+DECADES = 3  # Drawn on a logarithmic scale where every weight is below 1.
 
-WIDTH = 9.0  # Of a figure, in inches.
+WIDTH = 9.0  # The width of a figure, in inches.
 
-PER_ROW = 4
+PER_ROW = 4  # The most panels in a row.
 
 
 def small_multiples(panels: Panels) -> tuple[Figure, list[Axes]]:
-    """A figure with a place for each method, at most four in a row, on common axes."""
+    """Makes a figure with a panel for each method, at most four in a row, with common axes."""
     count = len(panels)
     columns = min(PER_ROW, count)
     rows = -(-count // columns)
@@ -51,13 +51,14 @@ def small_multiples(panels: Panels) -> tuple[Figure, list[Axes]]:
 
 
 def tidy(axes: Axes) -> None:
+    """Removes the frame's upper and right sides and makes the rest grey."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(GREY)
     axes.tick_params(labelsize=SMALL, colors=DARK, length=3, color=GREY)
 
 
 def write_title(axes: Axes, left: str, right: str) -> None:
-    """The panel's name, and in grey what is to be known of it: beside it, or below a long one."""
+    """Writes a panel's name on the left and a grey note on the right, or below a long name."""
     if len(left) + len(right) > 24:
         left = textwrap.fill(left, 24) + "\n "
     axes.set_title(left, loc="left", fontsize=9.5, color=DARK)
@@ -65,7 +66,7 @@ def write_title(axes: Axes, left: str, right: str) -> None:
 
 
 def add_legend(figure: Figure, handles: Sequence[Line2D], x: str, y: str) -> None:
-    """The legend above the panels and the names of their axes."""
+    """Adds the legend above the panels, and the names of their axes."""
     figure.supxlabel(x, fontsize=9, color=DARK)
     figure.supylabel(y, fontsize=9, color=DARK)
     figure.legend(
@@ -79,17 +80,17 @@ def add_legend(figure: Figure, handles: Sequence[Line2D], x: str, y: str) -> Non
 
 
 def _legend_columns(labels: Sequence[str], width: float) -> int:
-    """As many columns as fit side by side into so many inches."""
+    """Returns how many columns of a legend fit into a width in inches."""
     lengths = np.array([len(each) for each in labels])
     for columns in range(len(labels), 1, -1):
         longest = [part.max() for part in np.array_split(lengths, columns)]
         if sum(0.65 + 0.08 * each for each in longest) <= width:
-            return -(-len(labels) // -(-len(labels) // columns))  # Rows of one length.
+            return -(-len(labels) // -(-len(labels) // columns))  # Fills the rows evenly.
     return 1
 
 
 def take_turns(turn: int, of: int, gap: float = 0) -> Any:
-    """The line style of one of several lines in one place, which take turns with their dashes."""
+    """Returns the dashes of one of several lines in one place, so that all of them are seen."""
     dash = 4.0
     if of == 1 and not gap:
         return "-"
@@ -97,7 +98,7 @@ def take_turns(turn: int, of: int, gap: float = 0) -> Any:
 
 
 def dash_references(axes: Axes, reference: Mapping[str, float], colors: Mapping[str, str]) -> None:
-    """A dashed line for each weight; terms that share one take turns."""
+    """Draws a dashed line for each reference weight; terms with the same one alternate."""
     for term, value in reference.items():
         sharing = [each for each in reference if reference[each] == value]
         style = take_turns(sharing.index(term), len(sharing), gap=2)
@@ -107,8 +108,10 @@ def dash_references(axes: Axes, reference: Mapping[str, float], colors: Mapping[
 
 
 def set_weight_scale(grid: Sequence[Axes]) -> None:
-    """The y-axis of weights: linear near 0, which is a weight too, and logarithmic above 0.1, or
-    above less where every weight is below 1."""
+    """Sets the y-axis of weights: logarithmic above 0.1, or lower if every weight is below 1.
+
+    Below, the axis is linear, since a weight may be 0 or negative.
+    """
     low, high = min(each.dataLim.y0 for each in grid), max(each.dataLim.y1 for each in grid)
     first = -1 if high >= 1 or high <= 0 else math.floor(math.log10(high)) - DECADES + 1
     linear_below = 10.0**first
@@ -123,4 +126,5 @@ def set_weight_scale(grid: Sequence[Axes]) -> None:
 
 
 def tick_text(value: float, position: int | None = None) -> str:
+    """Formats a tick without trailing zeros."""
     return f"{value:g}"

@@ -1,4 +1,4 @@
-"""A report on runs: pictures and one page that shows them, for reading without a network."""
+"""Writes a report on runs: pictures, and one page that shows them and needs no network."""
 
 from __future__ import annotations
 
@@ -40,21 +40,23 @@ def _summary_section(summaries: Sequence[Summary]) -> Section:
         "linear_std": "accuracies (top-1 in percent) and RankMe are means ± standard deviations "
         "over the runs",
         "cost": "cost is the time of training relative to fixed weights, from steps timed in turns "
-        "(median, and least to most), with the run that a method starts from",
-        "p_value": "p is of Welch's t-test of the linear probe against fixed weights, two-sided "
-        "and corrected by Holm",
+        "(median, and minimum to maximum), including the run that a method starts from",
+        "p_value": "p is the p-value of Welch's t-test of the linear probe against fixed weights, "
+        "two-sided and corrected by Holm's method",
     }
     parts = [words for column, words in said.items() if column in columns]
     if not any(each.written for each in summaries):
-        parts.append("a weight is the mean over the runs of the median over their steps")
+        parts.append("a weight is the median over a run's steps, averaged over the runs")
     source = f"as in {SUMMARY_FILE}" if all(each.written for each in summaries) else "as recorded"
     section.caption = f"The methods, {'; '.join([source, *parts])}."
     return section
 
 
 def _tables(summary: Summary, title: str) -> list[Table]:
-    """The table for people: a mean with its deviation, a cost with its range, and the weights,
-    for which there is no room, in one of their own."""
+    """Lays a summary out for reading: means with deviations, costs with ranges.
+
+    The weights get a table of their own, since one table would be too wide.
+    """
     joined = {
         f"{column.removesuffix('_mean')}_std" for column in summary.columns if "_mean" in column
     }
@@ -82,7 +84,7 @@ def _column_name(column: str) -> str:
 
 
 def _cell(row: Mapping[str, str], column: str) -> str:
-    """A cell's number with two digits behind the point, or its text as it is."""
+    """Formats a cell: a number with two decimals, any other text unchanged."""
     text = row.get(column, "")
     value = to_float(text)
     if text in ("", "nan", "None"):
@@ -104,11 +106,11 @@ def _cell(row: Mapping[str, str], column: str) -> str:
 
 
 def report(folders: Sequence[Path], output: Path) -> list[Path]:
-    """Draws runs and writes ``report.html``, one file with everything in it, beside the pictures.
+    """Draws runs and writes ``report.html``, a self-contained page, beside the pictures.
 
     Args:
-        folders: runs, and folders that hold runs, such as a comparison's.
-        output: where to write. Made if it is not there.
+        folders: run folders, and folders of runs such as a comparison's.
+        output: the folder to write to; made if it is absent.
 
     Returns:
         The files written.
@@ -138,13 +140,15 @@ def report(folders: Sequence[Path], output: Path) -> list[Path]:
 def _make_output(output: Path) -> None:
     if is_run(output):
         raise ConfigError(
-            f"{output}: is a run's folder, whose {PICTURE_FILE} would be lost: "
-            "give another for the report"
+            f"{output}: is a run folder, and its {PICTURE_FILE} would be overwritten: "
+            "give another folder for the report"
         )
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be made: {error.strerror}: give another") from None
+        raise ConfigError(
+            f"{output}: cannot be made: {error.strerror}: give another folder"
+        ) from None
 
 
 def _render(
@@ -177,7 +181,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _overview(groups: Sequence[Group]) -> Table:
-    """What was run: a row for each group."""
+    """Builds the table of what was run: a row for each group."""
     rows = []
     for group in groups:
         dataset, epochs, terms = group.runs[0].setting()
@@ -198,10 +202,10 @@ def _overview(groups: Sequence[Group]) -> Table:
 
 
 def _embed(picture: Path) -> str:
-    """A picture as the text that an ``img`` takes in place of an address."""
+    """Encodes a picture as a ``data:`` address for ``img``."""
     return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
 
 
 def _css_width(picture: Path) -> int:
-    """The width at which it is shown, half of its own: a PNG file has that behind 16 bytes."""
+    """Returns half of a PNG's width, which its bytes 16 to 19 hold: pictures have double size."""
     return int.from_bytes(picture.read_bytes()[16:20], "big") // 2

@@ -1,4 +1,4 @@
-"""Pictures of a run, and of a report on many."""
+"""The pictures of a run and of a report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from grap_solo.report.layout import (
     write_title,
 )
 
-# Okabe & Ito's colours, which colour-blind readers can tell apart.
+# Okabe & Ito's colours: colour-blind readers can tell them apart.
 COLORS = (
     "#0072B2",
     "#E69F00",
@@ -57,14 +57,14 @@ def plot_weights(
     reference: Mapping[str, float] | None = None,
     warmup_epochs: int = 0,
 ) -> None:
-    """Draws a ``weights.csv``: each term's effective weight at every step (thin), and the median
-    of an epoch's steps around it.
+    """Draws a ``weights.csv``: each term's effective weight at every step, as a thin line, and the
+    median of the epoch's steps around it, as a bold one.
 
     Args:
         source: the ``weights.csv``.
         target: the PNG file to write.
         reference: each term's reference weight, drawn as a dashed line.
-        warmup_epochs: leading epochs that the medians in the legend leave out.
+        warmup_epochs: the leading epochs that the legend's medians leave out.
 
     Raises:
         ConfigError: see :func:`~grap_solo.records.weights.read_weights`.
@@ -105,9 +105,9 @@ def plot_weights(
 
 
 COMPOSITE = "composite loss"
-"""In place of a term: the weighted sum of all terms."""
+"""Stands among the terms for their weighted sum."""
 
-# Tol's muted ones, for losses of more than eight terms.
+# Tol's muted colours, for losses of more than eight terms.
 MORE_COLORS = (
     "#332288",
     "#882255",
@@ -123,7 +123,7 @@ MORE_COLORS = (
 
 
 def term_colors(terms: Sequence[str]) -> dict[str, str]:
-    """A colour for each term, which it keeps in every figure."""
+    """Gives each term a colour for all pictures of a report."""
     palette = COLORS + MORE_COLORS
     return {term: palette[i % len(palette)] for i, term in enumerate(dict.fromkeys(terms))}
 
@@ -134,14 +134,16 @@ def plot_weight_panels(
     colors: Mapping[str, str],
     references: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Draws each method's effective weights: per term the mean over its runs, each smoothed by the
-    median of an epoch's steps, with a band of one standard deviation, on a symmetric-log axis.
+    """Draws each method's effective weights in a panel, on a symmetric-log axis.
+
+    A term's line is the mean over the runs, each smoothed by the median of an epoch's steps. Its
+    band is one standard deviation.
 
     Args:
         panels: the weights.
         target: the PNG file to write.
-        colors: of each term.
-        references: for each method, its terms' reference weights, drawn dashed.
+        colors: each term's colour.
+        references: each method's reference weights by term, drawn dashed.
     """
     figure, grid = small_multiples(panels)
     for axes, (method, terms) in zip(grid, panels.items(), strict=True):
@@ -165,15 +167,16 @@ def plot_weight_panels(
 def plot_alignment(
     panels: Panels, target: str | os.PathLike[str], colors: Mapping[str, str]
 ) -> None:
-    """Draws, for each method, the cosine between the composite and the downstream gradient
-    (:data:`COMPOSITE`: black, with a band of one standard deviation over its runs, and grey in the
-    other methods' panels) and those between each term's gradient and the downstream one. Curves
-    are means over the runs, each smoothed by the median of an epoch's steps.
+    """Draws the cosines with the downstream gradient, one panel for each method.
+
+    The composite gradient's cosine (:data:`COMPOSITE`) is black with a band of one standard
+    deviation over the runs, and pale in the other methods' panels. Those of the terms' gradients
+    are coloured. Lines are means over the runs, each smoothed by the median of an epoch's steps.
 
     Args:
         panels: the cosines.
         target: the PNG file to write.
-        colors: of each term.
+        colors: each term's colour.
     """
     figure, grid = small_multiples(panels)
     composites = {method: mean_curve(terms[COMPOSITE]) for method, terms in panels.items()}
@@ -205,10 +208,10 @@ def plot_alignment(
 def plot_gramians(
     matrices: Mapping[str, tuple[Sequence[str], np.ndarray]], target: str | os.PathLike[str]
 ) -> None:
-    """Draws a heat map for each method, of the cosines between its terms' gradients.
+    """Draws the cosines between the terms' gradients as a heat map for each method.
 
     Args:
-        matrices: each method's K terms and cosines (K, K), nan where one is not known.
+        matrices: each method's K terms and cosines, (K, K); NaN where none was recorded.
         target: the PNG file to write.
     """
     widest = max(len(terms) for terms, _ in matrices.values())
@@ -248,8 +251,9 @@ def plot_gramians(
 
 
 def plot_accuracy_cost(points: Sequence[Point], target: str | os.PathLike[str]) -> None:
-    """Draws, in one panel for each evaluation, the methods by cost (whiskers: least to most) and
-    accuracy (whiskers: one standard deviation), each with its name.
+    """Draws the methods by cost and accuracy, one panel for each evaluation.
+
+    Whiskers show the cost from minimum to maximum, and one standard deviation of the accuracy.
 
     Args:
         points: the methods.
@@ -275,7 +279,7 @@ def plot_accuracy_cost(points: Sequence[Point], target: str | os.PathLike[str]) 
         axes.grid(color="#eeeeee", linewidth=0.8)
         axes.set_axisbelow(True)
         tidy(axes)
-    figure.draw_without_rendering()  # The layout is known from here on.
+    figure.draw_without_rendering()  # Fixes the layout, which the labels need.
     for axes, evaluation in zip(panels, evaluations, strict=True):
         drawn = [point for point in points if evaluation in point.accuracies]
         label_points(axes, drawn, evaluation)
@@ -291,12 +295,12 @@ def _count(runs: int) -> str:
 
 
 def _signed(value: float, digits: int = 2) -> str:
-    """With a minus sign that is as wide as a plus, and none before 0."""
+    """Formats a number with a true minus sign, and 0 without a sign."""
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation as text; nothing where no value is known."""
+    """Formats mean and standard deviation; empty if no value is known."""
     mean, std = (float(each[0]) for each in mean_and_std([np.array([v]) for v in values]))
     if np.isnan(mean):
         return ""

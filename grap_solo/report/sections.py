@@ -23,14 +23,14 @@ from grap_solo.report.plots import (
     plot_weight_panels,
 )
 
-EVALUATIONS = ("linear", "knn")  # Those drawn against the cost.
+EVALUATIONS = ("linear", "knn")  # Drawn against the cost.
 
 DASH = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; ``caption`` stands above it where a section has several."""
+    """A table of texts, with a caption if its section has several."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -39,7 +39,7 @@ class Table:
 
 @dataclass
 class Section:
-    """A part of the page: a picture or tables, what they show, and what is left out of them."""
+    """A section of the page: a picture or tables, their caption, and notes on what is missing."""
 
     key: str
     title: str
@@ -67,7 +67,7 @@ def weights_section(groups: Sequence[Group], colors: dict[str, str], output: Pat
     plot_weight_panels(panels, section.picture, colors, references)
     dashed = "; dashed, the method's reference weights" if any(references.values()) else ""
     section.caption = (
-        "The effective weight of each term in the course of training, one panel for each method: "
+        "The effective weight of each term during training, one panel for each method: "
         f"the median of an epoch's steps around each point{_over_runs(groups)}{dashed}; the "
         "vertical axis is logarithmic, and linear near 0."
     )
@@ -76,7 +76,7 @@ def weights_section(groups: Sequence[Group], colors: dict[str, str], output: Pat
 
 
 def _over_runs(groups: Sequence[Group], of: str = "") -> str:
-    """How a caption says that curves are of several runs, if any are."""
+    """Returns the part of a caption on means and bands; empty if each method has one run."""
     if all(len(group.runs) == 1 for group in groups):
         return ""
     whose = f" of {of}" if of else ""
@@ -87,7 +87,7 @@ def _over_runs(groups: Sequence[Group], of: str = "") -> str:
 
 
 def _absent(groups: Sequence[Group], shown: Mapping[str, Any], what: str) -> list[str]:
-    """A note that names the methods that are not shown, if there are any."""
+    """Returns a note that names the methods that are not shown; empty if all are."""
     missing = [group.label for group in groups if group.label not in shown]
     return [f"{what} recorded: {', '.join(missing)}."] if missing else []
 
@@ -119,7 +119,7 @@ def alignment_section(groups: Sequence[Group], colors: dict[str, str], output: P
 
 
 def _series(group: Group, column: str) -> list[Series]:
-    """A column of the diagnostics of each run that has values there."""
+    """Selects a column of the diagnostics, for each run with values in it."""
     return [
         (step_epochs(each.epochs), each.columns[column])
         for each in group.diagnostics
@@ -144,7 +144,7 @@ def gramian_section(groups: Sequence[Group], output: Path) -> Section:
     section.picture = output / "gramian.png"
     plot_gramians(matrices, section.picture)
     section.caption = (
-        "Cosine, at the embedding, between the gradients of each two terms, as a mean over the "
+        "Cosine, at the embedding, between the gradients of each pair of terms, averaged over the "
         "steps of the last epoch of all of a method's runs; a dash stands where none was recorded."
     )
     section.notes += _absent(groups, matrices, "No cosines")
@@ -152,7 +152,7 @@ def gramian_section(groups: Sequence[Group], output: Path) -> Section:
 
 
 def _gramian(group: Group) -> np.ndarray:
-    """The mean cosines of the last epoch's steps of all runs, (K, K), nan where there are none."""
+    """Averages the cosines over the last epoch's steps of all runs, (K, K); NaN without any."""
     matrix = np.eye(len(group.terms))
     for i, first in enumerate(group.terms):
         for j, second in enumerate(group.terms[:i]):
@@ -180,8 +180,8 @@ def accuracy_section(summaries: Sequence[Summary], output: Path) -> Section:
     section.caption = (
         "Top-1 accuracy of frozen embeddings on the validation images (mean over the runs, "
         "whiskers of one standard deviation) against the time of training relative to that with "
-        "fixed weights, with the run that a method starts from (median of steps timed in turns, "
-        "whiskers from least to most); the dashed line marks fixed weights."
+        "fixed weights, including the run that a method starts from (median of steps timed in "
+        "turns, whiskers from minimum to maximum); the dashed line marks fixed weights."
     )
     missing = [each.label for each in points if each.accuracies and each not in drawn]
     if missing:
@@ -190,7 +190,7 @@ def accuracy_section(summaries: Sequence[Summary], output: Path) -> Section:
 
 
 def _points(summaries: Sequence[Summary]) -> list[Point]:
-    """Every method of every table."""
+    """Collects the methods of all tables."""
     names = Counter(row.get("method", "") for each in summaries for row in each.rows)
     titles = folder_names(each.folder for each in summaries)
     points = []
@@ -227,8 +227,8 @@ def skipped_section(groups: Sequence[Group]) -> Section:
         rows.append([label, str(steps), *shares])
     section.tables.append(Table(["method", "steps", "skipped", *causes], rows))
     section.caption = (
-        "The steps that the rule did not learn weights from, as a share of all steps of a method's "
-        "runs and as a number, in all and by cause."
+        "The steps from which the rule learned no weights: their share of all steps of a method's "
+        "runs, and their number in parentheses, in total and by cause."
     )
     section.notes += _absent(groups, recorded, "No steps")
     return section

@@ -184,7 +184,7 @@ def test_a_comparison_fills_every_section(written):
     assert [file.name for file in files] == [*PICTURES, "report.html"]
     assert "Left out:" not in page.text
     assert "3 methods, 6 runs" in page.text
-    assert "Left out, for no step was recorded:" in page.text and "crashed-seed0" in page.text
+    assert "Left out, because no step was recorded:" in page.text and "crashed-seed0" in page.text
 
 
 def test_the_page_needs_nothing_but_itself(written):
@@ -481,7 +481,7 @@ def test_folders_without_a_run_are_refused(tmp_path):
 
 def test_an_output_that_cannot_take_the_files_is_refused(tmp_path):
     write_run(tmp_path / "grap", {"a": 1.0, "b": 2.0})
-    with pytest.raises(ConfigError, match="is a run's folder"):
+    with pytest.raises(ConfigError, match="is a run folder"):
         report([tmp_path / "grap"], tmp_path / "grap")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file: cannot be made"):
