@@ -69,6 +69,14 @@ def plot_weights(
     Raises:
         ConfigError: see :func:`~grap_solo.records.weights.read_weights`.
     """
+    figure = weights_figure(source, reference or {}, warmup_epochs)
+    figure.savefig(target, dpi=150)
+
+
+def weights_figure(
+    source: str | os.PathLike[str], reference: Mapping[str, float], warmup_epochs: int
+) -> Figure:
+    """Returns the figure that :func:`plot_weights` writes."""
     terms, steps, weights = read_weights(source)
     medians = median_of_rows(terms, after_warmup(steps[:, 1], weights, warmup_epochs))
     per_epoch = np.bincount(steps[:, 1]).max()
@@ -80,8 +88,8 @@ def plot_weights(
         axes.plot(epochs, values, color=color, alpha=0.3, linewidth=0.8)
         label = f"{term}: median {format_weight(medians[term])}"
         axes.plot(epochs, running_median(values, int(per_epoch)), color=color, label=label)
-    for value in sorted(set((reference or {}).values())):
-        named = ", ".join(term for term in terms if (reference or {}).get(term) == value)
+    for value in sorted(set(reference.values())):
+        named = ", ".join(term for term in terms if reference.get(term) == value)
         axes.axhline(value, color="0.45", linestyle="--", linewidth=0.9)
         axes.annotate(
             f"reference\n{named}",
@@ -98,7 +106,7 @@ def plot_weights(
     axes.set_ylim(bottom=min(0.0, weights.min()))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(terms), frameon=False, fontsize=9)
-    figure.savefig(target, dpi=150)
+    return figure
 
 
 # ---- what a report draws of many runs ---------------------------------------------------------
