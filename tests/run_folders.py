@@ -18,12 +18,23 @@ def write_csv(path, header, rows):
 
 
 def steps():
+    """Returns step and epoch of each row."""
     return [(step + 1, step // PER_EPOCH) for step in range(EPOCHS * PER_EPOCH)]
 
 
 def write_run(folder, weights, *, seed=0, cosine=None, method=None, linear=None, dataset="digits"):
-    """A run with constant weights; with ``cosine``, one that looked at gradients: all cosines are
-    that, but of the last epoch's first step, which was skipped."""
+    """Writes a run with constant weights.
+
+    Args:
+        folder: where to.
+        weights: by term.
+        seed: the run's.
+        cosine: if given, the run has diagnostics, in which every cosine is this number, except
+            in the last epoch's first step, which was skipped.
+        method: the method in ``result.json``.
+        linear: the linear probe's accuracy; without it there is no ``result.json``.
+        dataset: the data set in ``config.yaml``.
+    """
     folder.mkdir(parents=True)
     config = {
         "name": folder.name,

@@ -118,7 +118,7 @@ def _parse(body: bytes, columns: int, numbers: list[int], missing: list[str]) ->
             skip_blank_lines=False,
             engine="c",
         )
-    if not np.isfinite(frame[numbers[:2]]).all(axis=None):
+    if not (frame[numbers[:2]] % 1 == 0).all(axis=None):  # Whole and finite.
         raise ValueError
     return frame
 

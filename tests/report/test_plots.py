@@ -5,9 +5,12 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 from matplotlib.text import Text
-from run_folders import EPOCHS, FOUR, PER_EPOCH, THREE, write_run
+from run_folders import EPOCHS, FOUR, PER_EPOCH, THREE, write_csv, write_run
 
 from grap_solo.records.runs import read_run
 from grap_solo.report import plots
@@ -15,12 +18,13 @@ from grap_solo.report.curves import (
     epoch_medians,
     last_epoch_median,
     mean_and_std,
+    running_median,
     step_epochs,
 )
-from grap_solo.report.groups import _group
+from grap_solo.report.groups import _group, _read_summary
 from grap_solo.report.labels import Point, _overlap
-from grap_solo.report.plots import term_colors
-from grap_solo.report.sections import _gramian
+from grap_solo.report.plots import plot_weights, term_colors, weights_figure
+from grap_solo.report.sections import _gramian, _points
 
 
 @pytest.fixture
@@ -162,3 +166,121 @@ def test_a_cost_of_many_times_gets_a_logarithmic_axis(figures):
     points = [Point(str(x), (x, x, x), {"k-NN": (90, 1)}) for x in (1.0, 24.0)]
     plots.plot_accuracy_cost(points, "")
     assert figures[0].axes[0].get_xscale() == "log"
+
+
+# ---- weights.png --------------------------------------------------------------------------------
+
+
+def write_noise(folder, count=200, per_epoch=20):
+    """Writes noisy weights of two terms; returns them, (N, 2)."""
+    weights = np.abs(np.random.default_rng(0).normal([1, 4], 0.2, (count, 2))).round(4)
+    rows = [[i + 1, i // per_epoch, *each] for i, each in enumerate(weights.tolist())]
+    write_csv(folder / "weights.csv", ["step", "epoch", "a", "b"], rows)
+    return weights
+
+
+def median_by_loop(values, width):
+    half = width // 2
+    return [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 19, 50, 99])
+@pytest.mark.parametrize("broken", [(), (np.nan,), (np.inf, -np.inf), (np.nan, np.inf, 1.0)])
+def test_the_running_median_is_that_of_a_plain_loop(width, broken):
+    values = np.random.default_rng(width).normal(size=47)
+    values[5 : 5 + 9 * len(broken) : 9] = broken
+    np.testing.assert_array_equal(running_median(values, width), median_by_loop(values, width))
+
+
+def test_the_picture_of_a_run_has_its_weights_their_medians_and_the_references(tmp_path):
+    weights = write_noise(tmp_path)
+    figure = weights_figure(tmp_path / "weights.csv", {"a": 0.5, "b": 0.5}, warmup_epochs=2)
+    (axes,) = figure.axes
+    *drawn, dashed = axes.lines
+    assert [line.get_color() for line in drawn] == [plots.COLORS[i] for i in (0, 0, 1, 1)]
+    for k in range(2):
+        each, median = drawn[2 * k : 2 * k + 2]
+        np.testing.assert_allclose(each.get_xdata(), np.arange(1, 201) / 20)
+        np.testing.assert_array_equal(each.get_ydata(), weights[:, k])
+        np.testing.assert_array_equal(median.get_ydata(), median_by_loop(weights[:, k], 20))
+    assert set(dashed.get_ydata()) == {0.5} and dashed.is_dashed()
+    assert [text.get_text() for text in axes.texts] == ["reference\na, b"]
+    medians = np.median(weights[40:], axis=0)  # Two epochs of warm-up are left out.
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [f"{term}: median {value:.2f}" for term, value in zip("ab", medians)]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "effective weight")
+    assert axes.get_xlim() == (0, 10) and axes.get_ylim()[0] == 0
+
+
+def test_the_written_picture_shows_the_lines_in_their_colours(tmp_path):
+    weights = write_noise(tmp_path)
+    plot_weights(tmp_path / "weights.csv", tmp_path / "weights.png", {"a": 0.5})
+    pixels = imread(tmp_path / "weights.png")[..., :3]
+    assert pixels.shape == (630, 1350, 3)  # 9 x 4.2 inches at 150 dots.
+    figure = weights_figure(tmp_path / "weights.csv", {"a": 0.5}, 0)
+    figure.set_dpi(150)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    for k in range(2):
+        medians = median_by_loop(weights[:, k], 20)
+        for place in range(20, 200, 20):
+            x, y = axes.transData.transform(((place + 1) / 20, medians[place]))
+            around = pixels[round(630 - y) - 2 : round(630 - y) + 3, round(x)]
+            assert np.abs(around - to_rgb(plots.COLORS[k])).max(axis=-1).min() < 0.05
+    x, y = axes.transData.transform((5, 2.5))  # Between the two lines.
+    assert (pixels[round(630 - y), round(x)] == 1).all()
+
+
+def text_boxes(figure):
+    """The texts that a figure shows and their boxes, after its layout."""
+    figure.draw_without_rendering()
+    texts = [each for each in figure.texts if each.get_text()]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    for axes in filter(lambda each: each.get_visible(), figure.axes):
+        titles = (axes.title, axes._left_title, axes._right_title)
+        texts += [title for title in titles if title.get_text()]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            texts += [tick.label1 for tick in ticks if tick.label1.get_visible()]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    return [(text.get_text(), Text.get_window_extent(text, renderer)) for text in texts]
+
+
+def test_no_text_of_the_panels_covers_another(figures):
+    panels = {
+        name: {term: [series(np.full(12, 0.5 + i)), series(np.full(12, 0.4))] for term in FOUR}
+        for i, name in enumerate(["fixed", "without_attn_nnclr", "equal", "grap_tuned", "mgda"])
+    }
+    references = {"fixed": dict.fromkeys(FOUR, 0.5)}
+    plots.plot_weight_panels(panels, "", term_colors(FOUR), references)
+    (figure,) = figures
+    assert sum(axes.get_visible() for axes in figure.axes) == 5
+    titles = [axes.get_title("left").strip() for axes in figure.axes if axes.get_visible()]
+    assert titles == list(panels)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [*FOUR, "reference weight"]
+    boxes = text_boxes(figure)
+    assert len(boxes) > 20
+    pairs = combinations(boxes, 2)
+    assert [(a, b) for (a, one), (b, two) in pairs if _overlap(one, two) > 0] == []
+
+
+def test_names_stand_off_the_points_of_the_digits_results(figures):
+    (summary,) = [_read_summary(ROOT / "docs" / "results" / "digits")]
+    plots.plot_accuracy_cost(_points([summary]), "")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    assert len(figure.axes) == 2
+    for axes, column in zip(figure.axes, ("linear_mean", "knn_mean")):
+        boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]
+        assert sorted(text.get_text() for text in axes.texts) == sorted(
+            row["method"] for row in summary.rows
+        )
+        assert all(_overlap(a, b) == 0 for a, b in combinations(boxes, 2))
+        for row in summary.rows:
+            place = float(row["cost"]), float(row[column])
+            x, y = axes.transData.transform(place)
+            assert not any(box.contains(x, y) for box in boxes)
+            assert any(place == tuple(line.get_xydata()[0]) for line in axes.lines)
