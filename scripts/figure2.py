@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Draws the paper's Figure 2, what GraP's three normalisations do: scripts/figure2.py [PNG]
+"""Draws the paper's Figure 2, the effect of GraP's normalisations: scripts/figure2.py [PNG]
 
-Two terms' gradients and a downstream gradient in the plane. Everything but the three vectors is
-computed by the project's own objective and by its GraP rule.
+Shows two terms' gradients and a downstream gradient in the plane. The three vectors are given; the
+project's objective and its GraP rule compute everything else.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BLUE, PINK, BLACK, GREEN, RED = (COLORS[i] for i in (0, 3, 7, 2, 4))
 
 
 def normalized(weights: Tensor, normalization: str) -> Tensor:
-    """The composite gradient ``w^T G`` over its normaliser, for weights (..., 2)."""
+    """Returns the normalised composite gradient ``w^T G``, for weights (..., 2)."""
     composite = weights @ G
     if normalization == "gradient":
         return composite / composite.norm(dim=-1, keepdim=True)
@@ -55,12 +55,12 @@ def normalized(weights: Tensor, normalization: str) -> Tensor:
 
 
 def cosine(weights: Tensor) -> float:
-    """Between the composite and the downstream gradient."""
+    """Returns the cosine of the composite and the downstream gradient."""
     return torch.cosine_similarity(weights @ G, G_DOWN, dim=0).item()
 
 
 def trajectory(normalization: str, steps: int = STEPS) -> Tensor:
-    """The weights of GraP at each step of plain gradient ascent from (1, 1), (steps + 1, 2)."""
+    """Returns GraP's weights at each step of gradient ascent from (1, 1), (steps + 1, 2)."""
     rule = GraP(["1", "2"], lr=LEARNING_RATE, optimizer="sgd", normalization=normalization)
     statistics = Statistics(torch.zeros(2), G @ G.T, G @ G_DOWN, G_DOWN.norm())
     path = [rule.weights.double()]
@@ -71,11 +71,11 @@ def trajectory(normalization: str, steps: int = STEPS) -> Tensor:
 
 
 def maximum(normalization: str) -> Tensor | None:
-    """The weights in the quadrant that are best for the objective, (2,); None where larger ones
-    are better without end."""
+    """Returns the weights >= 0 that maximise the objective, (2,); None if it has no maximum,
+    because it grows with the weights."""
     if normalization == "none":
         return None
-    share = torch.linspace(0, 1, 100_001, dtype=torch.float64)  # Their length is of no account.
+    share = torch.linspace(0, 1, 100_001, dtype=torch.float64)  # Their length does not matter.
     candidates = torch.stack([share, 1 - share], dim=1)
     gramian, products = G @ G.T, G @ G_DOWN
     values = torch.func.vmap(lambda w: objective(w, gramian, products, normalization))(candidates)
@@ -119,7 +119,9 @@ def _panel(axes: Axes, normalization: str) -> None:
         axes.annotate(label, (x, y), offset, textcoords="offset points", color=color, ha=side)
     end = weights[-1]
     if best is None:
-        end = objective_gradient(end, G @ G.T, G @ G_DOWN, normalization)  # Where it tends to.
+        end = objective_gradient(
+            end, G @ G.T, G @ G_DOWN, normalization
+        )  # The direction of its limit.
         path = path[path[:, 0] < XLIM[1] - 0.1]
         x, y = path[-1]
         axes.text(x, y + 0.12, "no maximum:\n$w$ grows", color=RED, ha="right", fontsize=9)
@@ -141,7 +143,7 @@ def _panel(axes: Axes, normalization: str) -> None:
 
 
 def _draw_set(axes: Axes, normalization: str) -> None:
-    """The normalised composite gradients of all weights that are not negative."""
+    """Draws the normalised composite gradients of all weights >= 0."""
     if normalization == "none":
         corners = [(0, 0), *(20 * G).tolist()]
         axes.add_patch(Polygon(corners, color=GREEN, alpha=0.13, linewidth=0, zorder=1))
@@ -155,7 +157,7 @@ def _draw_set(axes: Axes, normalization: str) -> None:
 
 
 def _level(axes: Axes, point: np.ndarray) -> None:
-    """The line of equal objective: what lies behind it, seen along g_down, is worse."""
+    """Draws the line of equal objective, which is perpendicular to g_down."""
     along = np.array([-G_DOWN[1].item(), G_DOWN[0].item()])
     ends = np.stack([point - 0.42 * along, point + 0.42 * along])
     axes.plot(*ends.T, color="0.45", linestyle=(0, (4, 3)), linewidth=1, zorder=2)

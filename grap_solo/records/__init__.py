@@ -1,1 +1,1 @@
-"""The run folder: every file name, its writer and its reader."""
+"""The run folder: its file names, the recorder that writes it, and the readers."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one command writes to at a time."""
+"""The names of a run folder's files, and how a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,13 +12,30 @@ from typing import Any, TextIO
 
 from grap_solo.errors import ConfigError
 
+# A run's folder.
 CONFIG_FILE = "config.yaml"
-"""A run's configuration, in its folder."""
+TERMS_FILE = "terms.yaml"
+WEIGHTS_FILE = "weights.csv"
+DIAGNOSTICS_FILE = "diagnostics.csv"
+METRICS_FILE = "metrics.csv"
+LABELS_FILE = "labels.csv"
+MEDIAN_FILE = "median_weights.yaml"
+PICTURE_FILE = "weights.png"
+WANDB_FILE = "wandb.json"
+TRAINED_FILE = "trained.json"
+RESULT_FILE = "result.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+ARGS_FILE = "args.json"  # Among the checkpoints, where solo-learn's scripts look for it.
+
+# A folder of runs, such as a comparison's.
+SUMMARY_FILE = "summary.csv"
+COST_FILE = "cost.json"
+FAILURE_FILE = "failure.json"  # Of a failed run, beside its log.
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """A file to write, which takes its place when it is whole; until then what was there stays."""
+    """Opens a file to write. It replaces the old one only once it is whole."""
     waiting = path.with_name(path.name + ".new")
     with waiting.open("w", newline="") as file:
         yield file
@@ -32,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if it is not there or is damaged."""
+    """Reads a JSON file; returns None if it is absent or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -43,11 +60,11 @@ def read_json(path: Path) -> Any:
 def only_one(directory: Path) -> Iterator[None]:
     """Keeps a second command from writing to a folder.
 
-    It is a record lock, which the processes that this one starts do not inherit: it ends with
-    this process, however that ends.
+    Takes a record lock: the system releases it when this process ends, even if it is killed, and
+    child processes do not inherit it.
 
     Raises:
-        ConfigError: there is one already.
+        ConfigError: another command is writing there.
     """
     with (directory / ".lock").open("w") as file:
         try:

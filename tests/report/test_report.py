@@ -1,73 +1,16 @@
-"""A report on runs whose files are written here by hand: no training."""
+"""A report on runs whose files are written by hand: no training."""
 
 import base64
-import csv
 import json
-import math
 from html.parser import HTMLParser
-from itertools import combinations
 
-import numpy as np
 import pytest
-import yaml
+from run_folders import FOUR, THREE, write_csv, write_run
 
 from grap_solo.errors import ConfigError
-from grap_solo.records.runs import _group, _read_run
-from grap_solo.report import plots
-from grap_solo.report.page import _gramian, report
-from grap_solo.report.plots import Point, last_epoch_median, mean_and_std, step_epochs, term_colors
+from grap_solo.report.page import report
 
-FOUR = ("nnclr", "attn_nnclr", "byol", "barlow")
-THREE = ("nnclr", "attn_nnclr", "feature")
-EPOCHS, PER_EPOCH = 3, 4
 PICTURES = ["weights.png", "alignment.png", "gramian.png", "accuracy_cost.png"]
-
-
-def write_csv(path, header, rows):
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-def steps():
-    return [(step + 1, step // PER_EPOCH) for step in range(EPOCHS * PER_EPOCH)]
-
-
-def write_run(folder, weights, *, seed=0, cosine=None, method=None, linear=None, dataset="digits"):
-    """A run with constant weights; with ``cosine``, one that looked at gradients: all cosines are
-    that, but of the last epoch's first step, which was skipped."""
-    folder.mkdir(parents=True)
-    config = {
-        "name": folder.name,
-        "seed": seed,
-        "max_epochs": EPOCHS,
-        "data": {"dataset": dataset},
-        "weighting": {"name": "grap" if cosine is not None else "fixed"},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = [[*each, *weights.values()] for each in steps()]
-    write_csv(folder / "weights.csv", ["step", "epoch", *weights], rows)
-    if cosine is not None:
-        names = ["alignment", *(f"alignment/{term}" for term in weights)]
-        names += [f"norm/{term}" for term in weights]
-        names += [f"gramian/{a}/{b}" for a, b in combinations(weights, 2)]
-        rows = []
-        for i, each in enumerate(steps()):
-            skipped = i == (EPOCHS - 1) * PER_EPOCH
-            values = [math.nan if skipped else cosine] * len(names)
-            rows.append([*each, *values, "unlabelled" if skipped else ""])
-        write_csv(folder / "diagnostics.csv", ["step", "epoch", *names, "skipped"], rows)
-    if linear is not None:
-        result = {
-            "method": method,
-            "seed": seed,
-            "online": None,
-            "linear": linear,
-            "knn": linear - 5,
-            "rankme": 20.0,
-            "weights": weights,
-            "seconds": 1.0,
-        }
-        (folder / "result.json").write_text(json.dumps(result))
 
 
 def write_comparison(folder):
@@ -140,19 +83,11 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, kept instead of written."""
-    drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, target: drawn.append(figure))
-    return drawn
-
-
-@pytest.fixture
 def undrawn(monkeypatch):
     """Reports without pictures, which take most of the time."""
     for name in ("weight_panels", "alignment", "gramians", "accuracy_cost"):
         monkeypatch.setattr(
-            f"grap_solo.report.page.plot_{name}",
+            f"grap_solo.report.sections.plot_{name}",
             lambda _, target, *more: target.write_bytes(bytes(24)),
         )
 
@@ -178,7 +113,7 @@ def test_a_comparison_fills_every_section(written):
     assert [file.name for file in files] == [*PICTURES, "report.html"]
     assert "Left out:" not in page.text
     assert "3 methods, 6 runs" in page.text
-    assert "Left out, for no step was recorded:" in page.text and "crashed-seed0" in page.text
+    assert "Left out, because no step was recorded:" in page.text and "crashed-seed0" in page.text
 
 
 def test_the_page_needs_nothing_but_itself(written):
@@ -282,183 +217,27 @@ def test_folders_of_one_name_are_told_apart(tmp_path, undrawn):
     assert [row[0] for row in page.rows[1:3]] == [f"grap ({folder})" for folder in folders]
 
 
-# ---- what is drawn ----------------------------------------------------------------------------
-
-
-def series(values, per_epoch=PER_EPOCH):
-    epochs = np.arange(len(values)) // per_epoch
-    return step_epochs(epochs), np.asarray(values, dtype=float)
-
-
-def test_steps_stand_where_they_end_in_their_epoch():
-    np.testing.assert_allclose(
-        step_epochs(np.array([0, 0, 0, 0, 1, 1])), [0.25, 0.5, 0.75, 1, 1.25, 1.5]
-    )
-
-
-def test_mean_and_deviation_leave_out_what_is_missing():
-    mean, std = mean_and_std([np.array([1, np.nan, np.nan]), np.array([3, 5, np.nan])])
-    np.testing.assert_array_equal(mean, [2, 5, np.nan])
-    np.testing.assert_allclose(std, [math.sqrt(2), np.nan, np.nan])
-
-
-def test_the_smoothing_is_the_median_of_the_steps_half_an_epoch_around():
-    values = np.random.default_rng(0).normal(size=40)
-    values[[3, 17]] = np.nan
-    epochs, _ = each = series(values)
-    grid = np.array([0.25, 2.0, 7.3, 10.0])
-    expected = [
-        np.nanmedian(values[(epochs >= place - 0.5) & (epochs <= place + 0.5)]) for place in grid
-    ]
-    np.testing.assert_allclose(plots._epoch_medians(each, grid), expected)
-    assert np.isnan(plots._epoch_medians(series([np.nan] * 8), grid)).all()
-    assert np.isnan(plots._epoch_medians(each, np.array([20.0]))).all()
-
-
-def test_the_last_epoch_is_that_of_the_last_step():
-    assert last_epoch_median(series([9, 9, 9, 9, 1, 2, np.nan, 3])) == 2
-    assert np.isnan(last_epoch_median(series([1, np.nan, np.nan, np.nan, np.nan], 1)))
-
-
-def test_terms_keep_their_colours():
-    colors = term_colors([*FOUR, *THREE])
-    assert [colors[term] for term in FOUR] == list(plots.COLORS[:4])
-    assert len(set(term_colors([str(i) for i in range(18)]).values())) == 18
-
-
-def test_weights_are_drawn_as_mean_and_band_with_dashed_references(figures):
-    panels = {
-        "a": {"x": [series([1.0] * 8), series([3.0] * 8)], "y": [series([0.0] * 8)] * 2},
-        "b": {"z": [series([8.0] * 4)], "x": [series([8.0] * 4)]},
-    }
-    colors = term_colors(["x", "y", "z"])
-    plots.plot_weight_panels(panels, "", colors, {"a": {"x": 0.5}})
-    first, second = figures[0].axes
-    dashed, x, y = first.lines
-    assert dashed.get_ydata()[0] == 0.5 and dashed.get_color() == colors["x"]
-    assert set(x.get_ydata()) == {2.0} and set(y.get_ydata()) == {0.0}
-    low, high = first.collections[0].get_datalim(first.transData).intervaly
-    np.testing.assert_allclose([low, high], [2 - math.sqrt(2), 2 + math.sqrt(2)])
-    bottom, top = first.get_ylim()
-    assert bottom < 0 < 8 < top and second.get_ylim() == (bottom, top)
-    assert first.get_xlim() == second.get_xlim() == (0, 2)  # The longest run's epochs.
-    # Lines in one place take turns with their dashes, or one would hide the other.
-    assert all(line.is_dashed() for line in second.lines)
-    assert [first.get_title("left"), first.get_title("right")] == ["a", "2 runs"]
-
-
-def test_negative_weights_are_in_the_picture(figures):
-    plots.plot_weight_panels({"a": {"x": [series([-2.0] * 8)]}}, "", {"x": "k"}, {})
-    low, high = figures[0].axes[0].get_ylim()
-    assert low < -2 and high > 0
-
-
-def test_alignment_has_the_other_methods_in_grey_and_its_last_epoch_in_words(figures):
-    composite = plots.COMPOSITE
-    panels = {
-        "a": {composite: [series([0.1] * 8), series([0.3] * 8)], "x": [series([0.5] * 8)]},
-        "b": {composite: [series([-0.0004] * 4)]},
-    }
-    plots.plot_alignment(panels, "", {"x": "#0072B2"})
-    first, second = figures[0].axes
-    drawn = [(line.get_color(), line.get_ydata()[0]) for line in first.lines[1:]]
-    assert drawn == [
-        (plots.PALE, -0.0004),
-        ("#0072B2", 0.5),
-        (plots.DARK, pytest.approx(0.2)),
-    ]
-    assert first.get_xlim() == (0, 2)
-    assert first.get_title("right") == "0.200 ± 0.141"
-    assert second.get_title("right") == "0.000"
-
-
-def test_the_gramian_is_the_mean_over_the_last_epoch_of_all_runs(tmp_path):
-    weights = dict(zip(FOUR, (0.5, 0.5, 2.5, 2.5)))
-    for seed in (0, 1):
-        write_run(tmp_path / f"grap-seed{seed}", weights, seed=seed, cosine=0.2 + 0.2 * seed)
-    runs = [_read_run(folder) for folder in sorted(tmp_path.iterdir())]
-    (group,) = _group(runs, {})
-    for run in runs:  # The first epochs do not count.
-        for values in run.diagnostics.columns.values():
-            values[: (EPOCHS - 1) * PER_EPOCH] = 0.9
-    np.testing.assert_allclose(_gramian(group), np.where(np.eye(4), 1, 0.3))
-
-
-def test_gramian_cells_hold_numbers_and_a_dash_for_none(figures):
-    matrix = np.array([[1, -0.123, np.nan], [-0.123, 1, 0.5], [np.nan, 0.5, 1]])
-    plots.plot_gramians({"a": (("x", "y", "z"), matrix), "b": (("x",), np.eye(1))}, "")
-    first, second = figures[0].axes[:2]
-    texts = [text.get_text() for text in first.texts]
-    assert texts[:4] == ["1.00", "\N{MINUS SIGN}0.12", "\N{EN DASH}", "\N{MINUS SIGN}0.12"]
-    assert first.images[0].get_clim() == (-1, 1)
-    assert [text.get_text() for text in second.texts] == ["1.00"]
-
-
-def test_names_of_methods_do_not_cover_each_other(figures):
-    costs = (1.0, 1.002, 1.01, 1.004, 1.12, 1.13, 1.14, 1.24)
-    linear = (97.15, 96.7, 97.1, 96.95, 97.05, 97.0, 97.05, 96.5)
-    points = [
-        Point(f"method_{i}", (x, x - 0.03, x + 0.05), {"linear probe": (y, 0.3)})
-        for i, (x, y) in enumerate(zip(costs, linear))
-    ]
-    points.append(Point("one seed", (1.3, math.nan, math.nan), {"linear probe": (96, math.nan)}))
-    plots.plot_accuracy_cost(points, "")
-    (axes,) = figures[0].axes
-    figures[0].draw_without_rendering()
-    renderer = plots.FigureCanvasAgg(figures[0]).get_renderer()
-    boxes = [plots.Text.get_window_extent(text, renderer) for text in axes.texts]
-    assert len(boxes) == len(points)
-    assert all(plots._overlap(a, b) == 0 for a, b in combinations(boxes, 2))
-    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
-
-
-def test_a_cost_of_many_times_gets_a_logarithmic_axis(figures):
-    points = [Point(str(x), (x, x, x), {"k-NN": (90, 1)}) for x in (1.0, 24.0)]
-    plots.plot_accuracy_cost(points, "")
-    assert figures[0].axes[0].get_xscale() == "log"
-
-
 # ---- what it refuses --------------------------------------------------------------------------
-
-WEIGHTS = "step,epoch,a,b\n1,0,1,2\n2,0,1,2\n"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("weights.csv", WEIGHTS + "3,0,1\n", "row 4 has 3 values for 4 columns"),
-        ("weights.csv", WEIGHTS + "3,0,1,x\n", "not numeric"),
-        ("weights.csv", "a,b\n1,2\n", "expected 'step,epoch,TERM...'"),
-        ("weights.csv", "", "empty"),
-        ("weights.csv", "step,epoch,a\n1,1,1\n2,0,1\n", "do not ascend"),
-        ("diagnostics.csv", "step,epoch,alignment,skipped\n1,0\n", "row 2 has 2 values"),
-        ("diagnostics.csv", "step,epoch,alignment,skipped\n1,0,high,\n", "not numeric"),
-        ("diagnostics.csv", "alignment\n1\n", "do not start with 'step,epoch'"),
-        ("config.yaml", "a: [", "expected keys and values"),
-        ("result.json", "[1]", "expected keys and values"),
-        ("result.json", '{"linear": "97"}', "'linear' is '97', not a number"),
-        ("../summary.csv", "method,runs\ngrap\n", "row 2 has 1 values for 2 columns"),
-        ("../summary.csv", "name\ngrap\n", "no column 'method'"),
-        ("../cost.json", '{"grap": 3}', "'grap' holds no median, min and max"),
+        ("summary.csv", "method,runs\ngrap\n", "row 2 has 1 values for 2 columns"),
+        ("summary.csv", "name\ngrap\n", "no column 'method'"),
+        ("summary.csv", "", "it is empty"),
+        ("cost.json", '{"grap": 3}', "'grap' holds no median, min and max"),
+        ("grap-seed0/weights.csv", "step,epoch,a,b\n1,0,1\n", "row 2 has 3 values for 4 columns"),
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, content, message):
-    run = tmp_path / "cmp" / "grap-seed0"
-    run.mkdir(parents=True)
-    (run / "weights.csv").write_text(WEIGHTS)
-    (run / name).write_text(content)
+    write_run(tmp_path / "cmp" / "grap-seed0", {"a": 1.0, "b": 2.0})
+    (tmp_path / "cmp" / name).write_text(content)
     with pytest.raises(ConfigError) as error:
         report([tmp_path / "cmp"], tmp_path / "out")
     line = str(error.value)
-    assert message in line and name.removeprefix("../") in line and str(tmp_path) in line
-    assert "\n" not in line
+    assert message in line and str(tmp_path / "cmp" / name) in line and "\n" not in line
     assert not (tmp_path / "out").exists()
-
-
-def test_bytes_that_are_no_text_are_damage(tmp_path):
-    (tmp_path / "weights.csv").write_bytes(b"\xff\xfe\x00step")
-    with pytest.raises(ConfigError, match="weights.csv: damaged: not a CSV file"):
-        report([tmp_path], tmp_path / "out")
 
 
 def test_folders_without_a_run_are_refused(tmp_path):
@@ -475,7 +254,7 @@ def test_folders_without_a_run_are_refused(tmp_path):
 
 def test_an_output_that_cannot_take_the_files_is_refused(tmp_path):
     write_run(tmp_path / "grap", {"a": 1.0, "b": 2.0})
-    with pytest.raises(ConfigError, match="is a run's folder"):
+    with pytest.raises(ConfigError, match="is a run folder"):
         report([tmp_path / "grap"], tmp_path / "grap")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file: cannot be made"):

@@ -1,0 +1,70 @@
+"""Run folders written by hand: no training."""
+
+import csv
+import json
+import math
+from itertools import combinations
+
+import yaml
+
+FOUR = ("nnclr", "attn_nnclr", "byol", "barlow")
+THREE = ("nnclr", "attn_nnclr", "feature")
+EPOCHS, PER_EPOCH = 3, 4
+
+
+def write_csv(path, header, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def steps():
+    """Returns step and epoch of each row."""
+    return [(step + 1, step // PER_EPOCH) for step in range(EPOCHS * PER_EPOCH)]
+
+
+def write_run(folder, weights, *, seed=0, cosine=None, method=None, linear=None, dataset="digits"):
+    """Writes a run with constant weights.
+
+    Args:
+        folder: where to.
+        weights: by term.
+        seed: the run's.
+        cosine: if given, the run has diagnostics, in which every cosine is this number, except
+            in the last epoch's first step, which was skipped.
+        method: the method in ``result.json``.
+        linear: the linear probe's accuracy; without it there is no ``result.json``.
+        dataset: the data set in ``config.yaml``.
+    """
+    folder.mkdir(parents=True)
+    config = {
+        "name": folder.name,
+        "seed": seed,
+        "max_epochs": EPOCHS,
+        "data": {"dataset": dataset},
+        "weighting": {"name": "grap" if cosine is not None else "fixed"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [[*each, *weights.values()] for each in steps()]
+    write_csv(folder / "weights.csv", ["step", "epoch", *weights], rows)
+    if cosine is not None:
+        names = ["alignment", *(f"alignment/{term}" for term in weights)]
+        names += [f"norm/{term}" for term in weights]
+        names += [f"gramian/{a}/{b}" for a, b in combinations(weights, 2)]
+        rows = []
+        for i, each in enumerate(steps()):
+            skipped = i == (EPOCHS - 1) * PER_EPOCH
+            values = [math.nan if skipped else cosine] * len(names)
+            rows.append([*each, *values, "unlabelled" if skipped else ""])
+        write_csv(folder / "diagnostics.csv", ["step", "epoch", *names, "skipped"], rows)
+    if linear is not None:
+        result = {
+            "method": method,
+            "seed": seed,
+            "online": None,
+            "linear": linear,
+            "knn": linear - 5,
+            "rankme": 20.0,
+            "weights": weights,
+            "seconds": 1.0,
+        }
+        (folder / "result.json").write_text(json.dumps(result))
