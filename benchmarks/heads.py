@@ -18,7 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from grap_solo.experiments.bench import Contender, contender, in_turns
+from grap_solo.experiments.bench import contender
+from grap_solo.experiments.timing import Contender, in_turns
 from grap_solo.report.tables import markdown
 from grap_solo.solo import BASE
 

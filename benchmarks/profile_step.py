@@ -14,7 +14,8 @@ import argparse
 
 from torch.profiler import ProfilerActivity, profile
 
-from grap_solo.experiments.bench import contender, count_operators
+from grap_solo.experiments.bench import contender
+from grap_solo.experiments.counting import count_operators
 
 
 def main() -> None:

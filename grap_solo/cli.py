@@ -187,7 +187,8 @@ def _finetune(arguments: list[str]) -> None:
 
 def _compare(arguments: list[str]) -> None:
     from grap_solo.errors import ConfigError
-    from grap_solo.experiments.compare import compare, read_grid
+    from grap_solo.experiments.compare import compare
+    from grap_solo.experiments.grid import read_grid
 
     given, overrides = _parse_overrides(_config_parser("compare"), arguments)
     cfg, grid = read_grid(
@@ -228,7 +229,8 @@ def _report(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    from grap_solo.experiments.bench import PRECISIONS, bench_step, bench_terms, table_of_ratios
+    from grap_solo.experiments.bench import bench_step, bench_terms, table_of_ratios
+    from grap_solo.experiments.timing import PRECISIONS
     from grap_solo.records.files import write_json
 
     parser = _Parser(prog="bench")

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from functools import partial
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
-from unittest import mock
 
 import torch
-from lightning.pytorch import seed_everything
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from grap_solo.balance import Step, balance
 from grap_solo.compose import CONFIGS, compose
 from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.evaluation.offline import device_of
-from grap_solo.methods import METHODS, find_method, weighted_name
+from grap_solo.experiments.counting import peak_memory
+from grap_solo.experiments.timing import Contender, in_turns, random_batch, ratio
+from grap_solo.methods import METHODS, weighted_name
 from grap_solo.report.tables import markdown
 from grap_solo.solo import BASE
 from grap_solo.solo.backbones import build_backbone
@@ -42,86 +32,11 @@ PAIRS = (
     ("grap_compiled", "grap"),
     ("fixed", "solo_learn"),
 )
-WAITS = ("_local_scalar_dense", "is_nonzero", "masked_select", "nonzero", "equal")
-PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
 # ---- contenders -----------------------------------------------------------------------------
 
 
-class Contender:
-    """A method and its optimiser, on one batch again and again.
-
-    A step is forward, backward, the optimiser's and the momentum update, each contender's own;
-    loading data is left out.
-
-    Args:
-        cfg: a prepared configuration, ``data.num_classes`` included.
-        batch: ``[indexes, [view1, view2], labels]``.
-        base: the method's class; ours, by its name, when None.
-        surrogate: what takes the place of :func:`~grap_solo.balance.balance` in the step.
-    """
-
-    def __init__(
-        self,
-        cfg: DictConfig,
-        batch: list[Any],
-        base: Any = None,
-        surrogate: Callable[..., Step] | None = None,
-    ) -> None:
-        seed_everything(cfg.seed, verbose=False)
-        self.device = device_of(cfg)
-        cfg.scheduler.name = "none"
-        self.model: Any = (base or find_method(cfg.method))(cfg).to(self.device).train()
-        if not cfg.performance.disable_channel_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
-        self.model.parameter_space_every = 0  # Without a trainer every step is the first.
-        self.model.log = self.model.log_dict = lambda *args, **kwargs: None
-        self.optimizer = self.model.configure_optimizers()
-        dtype = PRECISIONS.get(str(cfg.get("precision")))
-        self.autocast: Any = (
-            nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
-        )
-        if surrogate is not None:
-            self.model.balance = partial(surrogate, self.model)
-        indexes, views, labels = batch
-        batch = [
-            indexes.to(self.device),
-            [each.to(self.device) for each in views],
-            labels.to(self.device),
-        ]
-        held_out = cfg.labels.split == "held_out"
-        self.batch: Any = {"train": batch, "labelled": batch} if held_out else batch
-
-    def seconds(self) -> float:
-        """The time of one step."""
-        self._wait()
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        self._backward()
-        self.optimizer.step()
-        if hasattr(self.model, "update_weighting_after_step"):
-            self.model.update_weighting_after_step()
-        self.update_momentum()
-        self._wait()
-        return time.perf_counter() - start
-
-    def update_momentum(self) -> None:
-        """Averages the momentum networks, if the method has any."""
-        for pair in getattr(self.model, "momentum_pairs", ()):
-            self.model.momentum_updater.update(*pair)
-
-    def _backward(self) -> None:
-        with self.autocast:
-            loss = self.model.training_step(self.batch, 0)
-        loss.backward()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-Batch = list[Any]
 Terms = Callable[..., Mapping[str, Tensor]]
 
 
@@ -186,66 +101,6 @@ def _done(weights: Tensor, found: Statistics) -> Step:
     """A step whose gradients are there already: its loss has none left to give."""
     loss = torch.zeros((), device=found.losses.device, requires_grad=True)
     return Step(loss, {}, loss.detach(), weights, found, loss.detach() == 0)
-
-
-def random_batch(cfg: DictConfig) -> Batch:
-    """``[indexes, [view1, view2], labels]`` of random images of a configuration's size."""
-    size, count = cfg.augmentations[0].crop_size, cfg.optimizer.batch_size
-    generator = torch.Generator().manual_seed(cfg.seed)
-    views = [torch.randn(count, 3, size, size, generator=generator) for _ in range(2)]
-    return [torch.arange(count), views, torch.arange(count) % cfg.data.num_classes]
-
-
-# ---- turns ----------------------------------------------------------------------------------
-
-
-def in_turns(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int
-) -> dict[str, list[float]]:
-    """The seconds of every round: each contender's turn comes once in each.
-
-    Args:
-        contenders: what runs a step and returns its seconds, by name.
-        rounds: how often each is timed.
-        warmup: rounds before that.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warmup + rounds):
-        for name, step in contenders.items():
-            seconds = step()
-            if turn >= warmup:
-                times[name].append(seconds)
-    return times
-
-
-def ratio(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """``median``, ``min`` and ``max`` of the rounds' ratios."""
-    ratios = [a / b for a, b in zip(mine, others, strict=True)]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-
-
-def step_costs(
-    configs: Mapping[str, DictConfig], base: str, rounds: int = 15, warmup: int = 3
-) -> dict[str, dict[str, float]]:
-    """Each configuration's time of a step by that of ``base``: see :class:`Contender`.
-
-    Args:
-        configs: prepared configurations, ``data.num_classes`` included, by name.
-        base: the name that the others are compared with; its batch is everyone's.
-        rounds: see :func:`in_turns`.
-        warmup: see :func:`in_turns`.
-
-    Returns:
-        By name, ``median``, ``min`` and ``max`` of the rounds' ratios, and ``ms``, the median
-        time of a step in milliseconds.
-    """
-    batch = random_batch(configs[base])
-    contenders = {name: Contender(cfg, batch).seconds for name, cfg in configs.items()}
-    times = in_turns(contenders, rounds, warmup)
-    return {
-        name: ratio(mine, times[base]) | {"ms": 1000 * statistics.median(mine)}
-        for name, mine in times.items()
-    }
 
 
 # ---- the step of a method -------------------------------------------------------------------
@@ -336,74 +191,6 @@ def bench_step(
         "seconds": {name: statistics.median(mine) for name, mine in times.items()},
         "peak_mib": peaks,
     }
-
-
-def peak_memory(mine: Contender) -> float:
-    """What a step allocates at most beyond what is there before it, in MiB."""
-    mine.seconds()  # The optimiser's buffers are there after the first step.
-    if mine.device.type == "cuda":
-        mine.optimizer.zero_grad()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        mine.seconds()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # It speaks of GPUs that are not there.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        mine.seconds()
-    with NamedTemporaryFile(suffix=".json") as file:
-        found.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    live: dict[int, int] = {}  # What was there before it, and is freed in it, does not count.
-    now = peak = 0
-    changes = [each for each in events if each["name"] == "[memory]"]
-    for change in sorted(changes, key=lambda each: each["ts"]):
-        size, address = change["args"]["Bytes"], change["args"]["Addr"]
-        if size > 0:
-            live[address] = size
-            now += size
-        else:
-            now -= live.pop(address, 0)
-        peak = max(peak, now)
-    return peak / 2**20
-
-
-class Operators(TorchDispatchMode):
-    """What is started while it is entered.
-
-    Attributes:
-        operators: how many operators.
-        waits: the names of those for which the host waits, on a GPU: for a value, or for the size
-            of what a mask selects.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators, self.waits = 0, list[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.partition(".")[0]
-        self.operators += 1
-        indexes = args[1] if name in ("index", "index_put", "index_put_") else ()
-        masked = any(each is not None and each.dtype == torch.bool for each in indexes)
-        if masked or name in WAITS:
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def count_operators(function: Callable[[], Any]) -> Operators:
-    """What a function starts."""
-    with ExitStack() as patches, Operators() as found:
-        for name in ("tolist", "cpu", "numpy"):  # On a CPU no operator tells of them.
-            original = getattr(Tensor, name)
-
-            def told(each: Tensor, *args: Any, f: Any = original, n: str = name) -> Any:
-                found.waits.append(n)
-                return f(each, *args)
-
-            patches.enter_context(mock.patch.object(Tensor, name, told))
-        function()
-    return found
 
 
 # ---- growth with the number of terms --------------------------------------------------------

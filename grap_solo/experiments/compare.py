@@ -6,10 +6,10 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,48 +18,24 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.data import evaluation_loader, load_images, resolve_num_classes
-from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import device_of, evaluate
-from grap_solo.experiments.bench import step_costs
+from grap_solo.experiments.grid import Cell, plan
 from grap_solo.experiments.retrain import newest_checkpoint
-from grap_solo.methods import find_method, weighted_name
+from grap_solo.experiments.timing import step_costs
+from grap_solo.methods import find_method
 from grap_solo.records.files import CONFIG_FILE, only_one, read_json, write_json
 from grap_solo.records.runs import COST_FILE, RESULT_FILE
 from grap_solo.records.trajectory import WEIGHTS_FILE, median_weights
 from grap_solo.report.page import report
 from grap_solo.report.tables import BASE, table_of_methods, table_of_runs, write_summary
-from grap_solo.training.config import prepare, run_dir
+from grap_solo.training.config import prepare
 from grap_solo.training.run import (
     TRAINED_FILE,
-    prepare_one_of_many,
     pretrain,
 )
-from grap_solo.weighting import WEIGHTINGS
 
 FAILURE_FILE = "failure.json"
-CHILDREN = ("_tuned", "_finetuned")
-GRID_KEYS = ("methods", "seeds", "processes", "definitions")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the comparison.
-
-    Attributes:
-        method: its name in the table.
-        seed: its seed.
-        cfg: its configuration; what its parent's run gives is still missing from it.
-        parent: the run that it starts from, by its folder; None if it starts from nothing.
-    """
-
-    method: str
-    seed: int
-    cfg: DictConfig
-    parent: Path | None
-
-    @property
-    def directory(self) -> Path:
-        return run_dir(self.cfg)
 
 
 def compare(
@@ -111,94 +87,6 @@ def compare(
             report([directory], directory)
         print(f"\n{text}\nfiles: {directory}/summary.md, summary.csv, runs.csv, report.html")
     return directory
-
-
-# ---- what to run ----------------------------------------------------------------------------
-
-
-def plan(
-    cfg: DictConfig, methods: Sequence[str], seeds: Sequence[int], definitions: Mapping[str, Any]
-) -> list[Cell]:
-    """Every run of a comparison, parents before their children.
-
-    A child's parent is planned too, if only the child was asked for.
-
-    Raises:
-        ConfigError: an unknown method, no methods or seeds, or a configuration that cannot be used.
-    """
-    for key, values in (("methods", methods), ("seeds", seeds)):
-        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-            raise ConfigError(f"{key}: expected a list such as [a,b], got {values!r}")
-    for seed in seeds:
-        if type(seed) is not int or seed < 0:
-            raise ConfigError(f"seeds: expected whole numbers of 0 or more, got {seed!r}")
-    if not isinstance(definitions, Mapping):
-        raise ConfigError(f"definitions: expected a block for each name, got {definitions!r}")
-    for name in definitions:
-        if "/" in str(name):
-            raise ConfigError(
-                f"definitions: '{name}' is to be part of a file's name: leave out '/'"
-            )
-    wanted: dict[str, None] = {}
-    for method in methods:
-        root, _ = _root(str(method), definitions)
-        wanted.update({root: None, str(method): None})
-    ordered = sorted(wanted, key=lambda name: _root(name, definitions)[1] is not None)
-    cells = []
-    for method in ordered:
-        root, suffix = _root(method, definitions)
-        for seed in dict.fromkeys(seeds):
-            mine = _configuration(cfg, root, seed, definitions)
-            parent = None
-            if suffix is not None:
-                parent = run_dir(mine)
-                if isinstance(mine.get("method"), str):  # A definition may hold the plain name.
-                    mine.method = weighted_name(mine.method)
-                mine.weighting = {"name": "fixed"}
-                if suffix == "_finetuned":
-                    mine.weighting = {"name": "supervised"}
-                    OmegaConf.update(mine, "labels.split", "train", force_add=True)
-            mine.name = f"{method}-seed{seed}"
-            prepare_one_of_many(mine, "a comparison")
-            cells.append(Cell(method, seed, mine, parent))
-    return cells
-
-
-def _root(method: str, definitions: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The method that trains from nothing, and what is done with its run; None if nothing is."""
-    if method in definitions or method in WEIGHTINGS:
-        return method, None
-    for suffix in CHILDREN:
-        root = method.removesuffix(suffix)
-        if root == "supervised":
-            continue  # Its weights are all 0, and its backbone has had the labels.
-        if root != method and (root in definitions or root in WEIGHTINGS):
-            return root, suffix
-    names = {*definitions, *WEIGHTINGS}
-    children = {f"{name}{suffix}" for name in names - {"supervised"} for suffix in CHILDREN}
-    raise unknown_name("methods", method, names | children)
-
-
-def _configuration(
-    cfg: DictConfig, root: str, seed: int, definitions: Mapping[str, Any]
-) -> DictConfig:
-    """A method's own: the common configuration without its weighting, and what differs."""
-    mine: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    mine.pop("weighting", None)
-    if isinstance(mine.get("method"), str):
-        mine.method = weighted_name(mine.method)
-    differs = definitions.get(root, {"weighting": {"name": root}})
-    try:
-        mine = OmegaConf.merge(mine, OmegaConf.create(differs))
-    except (ValueError, TypeError):
-        raise ConfigError(
-            f"definitions.{root}: expected keys of a configuration, got {differs}"
-        ) from None
-    mine.seed, mine.name = seed, f"{root}-seed{seed}"
-    runs = Path(OmegaConf.select(cfg, "checkpoint.dir", default="runs"))
-    OmegaConf.update(mine, "checkpoint.dir", str(runs / str(cfg.name)), force_add=True)
-    mine.enable_progress_bar = False
-    return mine
 
 
 def _check(cell: Cell) -> None:
@@ -430,45 +318,3 @@ def _notes(cells: Sequence[Cell], runs: Any) -> str:
         f"median over a run's steps, averaged over the seeds. All trainings together took "
         f"{trained:.0f} s."
     )
-
-
-# ---- the grid's file ------------------------------------------------------------------------
-
-
-def read_grid(
-    file: Path, overrides: Sequence[str], load: Callable[[Path, Sequence[str]], DictConfig]
-) -> tuple[DictConfig, dict[str, Any]]:
-    """The common configuration and the grid's own keys, from a grid's file or any other.
-
-    A grid's file has ``base``, a configuration file beside it, ``overrides`` of it, and ``name``,
-    ``methods``, ``seeds``, ``processes`` and ``definitions``: see :func:`compare`. Any other
-    configuration can be compared with these keys on the command line.
-
-    Args:
-        file: the file.
-        overrides: of the command line: the grid's keys, or hydra's overrides of the base.
-        load: composes a configuration file.
-
-    Raises:
-        ConfigError: keys in it that a grid does not have, or no such base.
-    """
-    given = [each for each in overrides if each.lstrip("+").partition("=")[0] in GRID_KEYS]
-    others = [each for each in overrides if each not in given]
-    grid: Any = OmegaConf.load(file)
-    if "base" not in grid:
-        grid, cfg = OmegaConf.create({}), load(file, others)
-    else:
-        valid = {"base", "overrides", "name", *GRID_KEYS}
-        for key in grid:
-            if key not in valid:
-                raise unknown_name(str(file), key, valid)
-        if not OmegaConf.is_list(grid.get("overrides", OmegaConf.create([]))):
-            raise ConfigError(f"{file}: overrides: expected a list, got {grid.overrides!r}")
-        base = file.parent / str(grid.base)
-        if not base.is_file():
-            raise ConfigError(f"{file}: base: no such file {base}")
-        named = [f"name={grid.name}"] if "name" in grid else []
-        cfg = load(base, [*named, *grid.get("overrides", []), *others])
-    keys = OmegaConf.merge(grid, OmegaConf.from_dotlist([each.lstrip("+") for each in given]))
-    container: Any = OmegaConf.to_container(keys, resolve=True)
-    return cfg, {key: container[key] for key in GRID_KEYS if container.get(key) is not None}

@@ -9,14 +9,9 @@ from helpers import DIGITS, ROOT
 
 from grap_solo.cli import main
 from grap_solo.compose import compose
-from grap_solo.experiments.bench import (
-    Contender,
-    k_backwards,
-    peak_memory,
-    random_batch,
-    step_costs,
-    torchjd_step,
-)
+from grap_solo.experiments.bench import k_backwards, torchjd_step
+from grap_solo.experiments.counting import peak_memory
+from grap_solo.experiments.timing import Contender, random_batch, step_costs
 from grap_solo.training.config import prepare
 
 

@@ -19,7 +19,8 @@ from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.compose import compose
 from grap_solo.evaluation.offline import rankme
-from grap_solo.experiments.compare import compare, plan, read_grid
+from grap_solo.experiments.compare import compare
+from grap_solo.experiments.grid import plan, read_grid
 from grap_solo.report.tables import p_values, table_of_methods, table_of_runs
 from grap_solo.weighting import WEIGHTINGS
 
