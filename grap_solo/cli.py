@@ -230,7 +230,7 @@ def _report(arguments: list[str]) -> None:
 
 def _bench(arguments: list[str]) -> None:
     from grap_solo.experiments.bench import bench_step, bench_terms, table_of_ratios
-    from grap_solo.experiments.timing import PRECISIONS
+    from grap_solo.experiments.timing import AUTOCAST
     from grap_solo.records.files import write_json
 
     parser = _Parser(prog="bench")
@@ -238,7 +238,7 @@ def _bench(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--precision", choices=PRECISIONS, default="32-true")
+    parser.add_argument("--precision", choices=AUTOCAST, default="32-true")
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--method")
     parser.add_argument("--json", type=Path)

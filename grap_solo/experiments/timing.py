@@ -1,4 +1,4 @@
-"""What a step costs: contenders in turns in one process."""
+"""Step times: contenders take turns in one process, so that a busy machine slows all alike."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from grap_solo.balance import Step
 from grap_solo.evaluation.offline import device_of
 from grap_solo.methods import find_method
 
-PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
+"""The dtype of autocast for each ``precision``; None for none."""
 
 
 class Contender:
-    """A method and its optimiser, on one batch again and again.
+    """A method and its optimiser, which train on one batch again and again.
 
-    A step is forward, backward, the optimiser's and the momentum update, each contender's own;
-    loading data is left out.
+    A step is forward, backward, optimiser and momentum update. Loading data is left out.
 
     Args:
         cfg: a prepared configuration, ``data.num_classes`` included.
         batch: ``[indexes, [view1, view2], labels]``.
-        base: the method's class; ours, by its name, when None.
-        surrogate: what takes the place of :func:`~grap_solo.balance.balance` in the step.
+        base: the method's class; when None, ours of the name that the configuration gives.
+        surrogate: a function to call in place of :func:`~grap_solo.balance.balance`.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Contender:
         self.model: Any = (base or find_method(cfg.method))(cfg).to(self.device).train()
         if not cfg.performance.disable_channel_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.model.parameter_space_every = 0  # Without a trainer every step is the first.
+        self.model.parameter_space_every = 0  # Without a trainer, every step counts as the first.
         self.model.log = self.model.log_dict = lambda *args, **kwargs: None
         self.optimizer = self.model.configure_optimizers()
-        dtype = PRECISIONS.get(str(cfg.get("precision")))
+        dtype = AUTOCAST.get(str(cfg.get("precision")))
         self.autocast: Any = (
             nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
         )
@@ -65,7 +65,7 @@ class Contender:
         self.batch: Any = {"train": batch, "labelled": batch} if held_out else batch
 
     def seconds(self) -> float:
-        """The time of one step."""
+        """Takes one step and returns its seconds."""
         self._wait()
         start = time.perf_counter()
         self.optimizer.zero_grad()
@@ -78,7 +78,7 @@ class Contender:
         return time.perf_counter() - start
 
     def update_momentum(self) -> None:
-        """Averages the momentum networks, if the method has any."""
+        """Updates the momentum networks, if the method has any."""
         for pair in getattr(self.model, "momentum_pairs", ()):
             self.model.momentum_updater.update(*pair)
 
@@ -93,7 +93,7 @@ class Contender:
 
 
 def random_batch(cfg: DictConfig) -> list[Any]:
-    """``[indexes, [view1, view2], labels]`` of random images of a configuration's size."""
+    """Makes ``[indexes, [view1, view2], labels]`` of random images, in a configuration's sizes."""
     size, count = cfg.augmentations[0].crop_size, cfg.optimizer.batch_size
     generator = torch.Generator().manual_seed(cfg.seed)
     views = [torch.randn(count, 3, size, size, generator=generator) for _ in range(2)]
@@ -103,12 +103,12 @@ def random_batch(cfg: DictConfig) -> list[Any]:
 def in_turns(
     contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int
 ) -> dict[str, list[float]]:
-    """The seconds of every round: each contender's turn comes once in each.
+    """Times every contender once in each round and returns its seconds, by name.
 
     Args:
-        contenders: what runs a step and returns its seconds, by name.
-        rounds: how often each is timed.
-        warmup: rounds before that.
+        contenders: by name, a function that takes a step and returns its seconds.
+        rounds: the rounds that count.
+        warmup: the rounds before them, which do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + rounds):
@@ -120,7 +120,7 @@ def in_turns(
 
 
 def ratio(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """``median``, ``min`` and ``max`` of the rounds' ratios."""
+    """Divides two contenders' seconds round by round: ``median``, ``min`` and ``max``."""
     ratios = [a / b for a, b in zip(mine, others, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
@@ -128,11 +128,11 @@ def ratio(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
 def step_costs(
     configs: Mapping[str, DictConfig], base: str, rounds: int = 15, warmup: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Each configuration's time of a step by that of ``base``: see :class:`Contender`.
+    """Times a step of each configuration against one of ``base``: see :class:`Contender`.
 
     Args:
         configs: prepared configurations, ``data.num_classes`` included, by name.
-        base: the name that the others are compared with; its batch is everyone's.
+        base: the name of the configuration to divide by; all train on its batch.
         rounds: see :func:`in_turns`.
         warmup: see :func:`in_turns`.
 

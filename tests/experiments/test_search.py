@@ -23,7 +23,7 @@ from grap_solo.experiments.search_report import SearchRow, _table
 from grap_solo.methods import GrapAll4One
 
 # A tenth of the images in batches of 32: 3 steps an epoch.
-FEW = ["+data.fraction=0.1", "optimizer.batch_size=32", "+enable_progress_bar=false",
+FEW = ["++data.fraction=0.1", "optimizer.batch_size=32", "+enable_progress_bar=false",
        "checkpoint.enabled=false"]  # fmt: skip
 REFERENCE = {"nnclr": 0.5, "attn_nnclr": 0.5, "byol": 2.5, "barlow": 2.5}
 TERMS = list(REFERENCE)
