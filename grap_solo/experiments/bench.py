@@ -23,6 +23,7 @@ from grap_solo.solo.backbones import build_backbone
 from grap_solo.training.config import prepare
 from grap_solo.weighting import Statistics, build_weighting
 
+CONTENDERS = ("fixed", "grap", "grap_compiled", "k_backwards", "torchjd", "solo_learn")
 PAIRS = (
     ("grap", "fixed"),
     ("grap", "solo_learn"),
@@ -169,8 +170,7 @@ def bench_step(
     method = method or next(iter(METHODS))
     if method not in METHODS:
         raise unknown_name("--method", method, METHODS)
-    names = ["fixed", "grap", "grap_compiled", "k_backwards", "torchjd"]
-    names += ["solo_learn"] if BASE == "solo-learn" else []
+    names = [name for name in CONTENDERS if name != "solo_learn" or BASE == "solo-learn"]
     for name in only or ():
         if name not in names:
             raise unknown_name("--only", name, names)
