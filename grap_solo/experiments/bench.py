@@ -1,4 +1,4 @@
-"""What a step costs: contenders in turns in one process, and each one's peak memory."""
+"""Benchmarks a training step: GraP against plain training and other ways to balance terms."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ PAIRS = (
 # ---- contenders -----------------------------------------------------------------------------
 
 
-Terms = Callable[..., Mapping[str, Tensor]]
+TermFunction = Callable[..., Mapping[str, Tensor]]
 
 
 def k_backwards(
     model: nn.Module,
     embeddings: Sequence[Tensor],
-    terms: Terms,
+    terms: TermFunction,
     downstream: Callable[..., Tensor],
     weighting: nn.Module,
     *_: Any,
 ) -> Step:
-    """GraP without the surrogate, on the backbone's parameters (arXiv 2605.07756, Eq. 12): one
-    backward pass through the backbone for each loss."""
+    """Takes GraP's step without the surrogate, on the backbone's parameters (arXiv 2605.07756, Eq.
+    12): one backward pass through the backbone for each loss."""
     backbone, heads = _parameters(model)
     losses, down = list(terms(*embeddings).values()), downstream(*embeddings)
     rows = [torch.autograd.grad(each, backbone, retain_graph=True) for each in (*losses, down)]
@@ -74,12 +74,12 @@ def k_backwards(
 def torchjd_step(
     model: nn.Module,
     embeddings: Sequence[Tensor],
-    terms: Terms,
+    terms: TermFunction,
     downstream: Callable[..., Tensor],
     weighting: nn.Module,
     *_: Any,
 ) -> Step:
-    """torchjd's ``mtl_backward``, one term at a time, and UPGrad of the Jacobians."""
+    """Takes torchjd's step: ``mtl_backward``, one term at a time, and UPGrad of the Jacobians."""
     from torchjd.aggregation import UPGrad
     from torchjd.autojac import jac_to_grad, mtl_backward
 
@@ -92,14 +92,14 @@ def torchjd_step(
 
 
 def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The backbone's, and those of heads and probe."""
+    """Lists the trained parameters: those of the backbone, and those of heads and probe."""
     named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     backbone = [each for name, each in named if name.startswith("backbone.")]
     return backbone, [each for name, each in named if not name.startswith("backbone.")]
 
 
 def _done(weights: Tensor, found: Statistics) -> Step:
-    """A step whose gradients are there already: its loss has none left to give."""
+    """Makes a step whose gradients are already set, so that its loss adds none."""
     loss = torch.zeros((), device=found.losses.device, requires_grad=True)
     return Step(loss, {}, loss.detach(), weights, found, loss.detach() == 0)
 
@@ -110,7 +110,7 @@ def _done(weights: Tensor, found: Statistics) -> Step:
 def contender(
     name: str, method: str, batch_size: int, accelerator: str, precision: str
 ) -> Contender:
-    """One of :func:`bench_step`'s, by name.
+    """Makes one of :func:`bench_step`'s contenders.
 
     Args:
         name: ``fixed``, ``grap``, ``grap_compiled``, ``k_backwards``, ``torchjd`` or
@@ -144,29 +144,32 @@ def bench_step(
     only: Sequence[str] | None = None,
     method: str | None = None,
 ) -> dict[str, Any]:
-    """One optimiser step of a method: its CIFAR-10 configuration, ResNet-18 with the CIFAR stem.
+    """Times one optimiser step of a method with its CIFAR-10 configuration (ResNet-18, CIFAR stem).
 
-    ``fixed`` and ``grap`` are ours, ``grap_compiled`` has ``performance.compile``,
-    ``k_backwards`` is GraP by :func:`k_backwards`, ``torchjd`` by :func:`torchjd_step`, and
-    ``solo_learn`` its own class of the method, where its main branch is on the path.
+    The contenders: ``fixed`` and ``grap`` are ours; ``grap_compiled`` is ``grap`` with
+    ``performance.compile``; ``k_backwards`` and ``torchjd`` take the steps of :func:`k_backwards`
+    and :func:`torchjd_step`; ``solo_learn`` is solo-learn's own class, if its main branch is on the
+    path.
 
     Args:
         batch_size: images of a step, two views each.
-        rounds: how often each is timed, after one round that is not.
+        rounds: how often each contender is timed, after one warm-up round.
         accelerator: see :func:`contender`.
         precision: see :func:`contender`.
-        only: the contenders; when None, all but ``grap_compiled``, which needs a C++ compiler.
-        method: one of the methods, without ``grap_``; the first of them when None.
+        only: the contenders to time; None times all but ``grap_compiled``, which needs a C++
+            compiler.
+        method: a method's name without ``grap_``; None takes the first one.
 
     Returns:
-        ``ratios`` as :func:`ratio` by ``a/b``, ``seconds``, the median step, and ``peak_mib``:
-        the most that torch has allocated in a step beyond what was there before it.
+        The settings; ``ratios`` of step times by ``a/b``: see
+        :func:`~grap_solo.experiments.timing.ratio`; ``seconds``, the median step; and ``peak_mib``:
+        see :func:`~grap_solo.experiments.counting.peak_memory`.
 
     Raises:
-        ConfigError: a method or contender that is not there, or no folder of configurations.
+        ConfigError: an unknown method or contender, or an installation without ``configs/``.
     """
     if not CONFIGS.is_dir():
-        raise ConfigError(f"{CONFIGS}: no such folder: run it from a clone of the repository")
+        raise ConfigError(f"{CONFIGS}: no such folder: run bench from a clone of the repository")
     method = method or next(iter(METHODS))
     if method not in METHODS:
         raise unknown_name("--method", method, METHODS)
@@ -199,16 +202,18 @@ def bench_step(
 def bench_terms(
     counts: Sequence[int] = (1, 2, 4, 8, 16, 32), batch_size: int = 64, rounds: int = 15
 ) -> dict[str, Any]:
-    """How a step grows with K terms on one embedding: a ResNet-18 with the CIFAR stem and, for each
-    term, a head of two layers that regresses random targets, on the CPU.
+    """Times how a step grows with the number K of terms on one embedding, on the CPU.
+
+    The backbone is a ResNet-18 with the CIFAR stem. Each term has a head of two layers, which
+    regresses random targets.
 
     Args:
         counts: the numbers of terms.
         batch_size: images of a step.
-        rounds: see :func:`in_turns`.
+        rounds: see :func:`~grap_solo.experiments.timing.in_turns`.
 
     Returns:
-        ``ratios``: of a GraP step by that of plain training, by K.
+        The settings, and ``ratios``: by K, the time of a GraP step over one of plain training.
     """
     return {
         "batch_size": batch_size,
@@ -257,7 +262,7 @@ def _grap_to_plain(count: int, batch_size: int, rounds: int) -> dict[str, float]
 
 
 def table_of_ratios(found: Mapping[str, Any]) -> str:
-    """A Markdown table of ``ratios``, and one of ``seconds`` and ``peak_mib`` if there are any."""
+    """Formats ``ratios`` as a Markdown table, and ``seconds`` and ``peak_mib`` as another."""
     rows = [["ratio of step times", "median", "min", "max"]]
     for name, each in found["ratios"].items():
         rows.append([name, *(f"{each[key]:.3f}" for key in ("median", "min", "max"))])

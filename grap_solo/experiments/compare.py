@@ -1,4 +1,4 @@
-"""Methods x seeds into one table: trained where they are missing, evaluated, compared."""
+"""Compares methods over seeds: trains the missing runs, evaluates them, and writes one table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from grap_solo.records.files import CONFIG_FILE, only_one, read_json, write_json
 from grap_solo.records.runs import COST_FILE, RESULT_FILE
 from grap_solo.records.trajectory import WEIGHTS_FILE, median_weights
 from grap_solo.report.page import report
-from grap_solo.report.tables import BASE, table_of_methods, table_of_runs, write_summary
+from grap_solo.report.tables import BASELINE, table_of_methods, table_of_runs, write_summary
 from grap_solo.training.config import prepare
 from grap_solo.training.run import (
     TRAINED_FILE,
@@ -47,25 +47,24 @@ def compare(
 ) -> Path:
     """Trains every method with every seed, evaluates them, and writes the table and its pictures.
 
-    A run that is finished is skipped and one that was cut short goes on from its checkpoint, so a
-    comparison that was killed goes on where it was. A run that fails is a row that says why; it is
-    tried again the next time. Everything goes to ``checkpoint.dir`` / ``name``: ``summary.md``,
-    ``summary.csv``, ``runs.csv``, ``cost.json``, ``report.html`` with its pictures, the runs, and
-    their ``logs``.
+    Called again, it resumes: finished runs are skipped, interrupted ones resume from their
+    checkpoints, and failed ones are tried again. A failed run has a row with the reason. Everything
+    is written to ``checkpoint.dir`` / ``name``: ``summary.md``, ``summary.csv``, ``runs.csv``,
+    ``cost.json``, ``report.html`` with its pictures, the runs, and their ``logs``.
 
     Args:
-        cfg: a composed configuration that all runs share; what differs is the ``weighting``.
-        methods: names of weightings or of ``definitions``; with ``_tuned`` behind it, the method
-            retrained with the median of the weights that the run with the same seed has learned;
-            with ``_finetuned``, that run's backbone trained on with the labels.
-        seeds: each method's seeds.
-        definitions: by name, the keys of a configuration in which a method differs.
-        processes: how many runs at a time, each in a process of its own with its share of the
-            cores; 1 trains here.
+        cfg: a composed configuration that all runs share, except for its ``weighting``.
+        methods: names of weightings or of ``definitions``. The suffix ``_tuned`` retrains with the
+            median weights of the method's run with the same seed; ``_finetuned`` trains that run's
+            backbone further with the labels.
+        seeds: the seeds of every method.
+        definitions: the configuration keys in which a method differs, by name.
+        processes: how many runs train at a time, each in a process with its share of the cores;
+            1 trains in this process.
 
     Raises:
-        ConfigError: a name or configuration that cannot be used, a run of another configuration
-            in a place that is needed, or another comparison that is writing there.
+        ConfigError: an unknown name, a configuration that cannot be used, a folder with a run of
+            another configuration, or another comparison that is writing there.
     """
     cells = plan(cfg, methods, seeds, definitions or {})
     directory = cells[0].directory.parent
@@ -76,10 +75,10 @@ def compare(
         _run_all(cells, directory, processes)
         results = [read_json(c.directory / RESULT_FILE) or _failure(c, directory) for c in cells]
         runs = table_of_runs(results)
-        rows = [each for each in dict.fromkeys(methods)]
-        notes = _notes(cells, runs)
+        rows = list(dict.fromkeys(methods))
+        notes = _table_notes(cells, runs)
         costs = read_json(directory / COST_FILE) or {}
-        # Once before what may yet fail.
+        # Once before the measurement of costs, which may fail.
         write_summary(directory, runs, table_of_methods(runs, rows, costs), notes)
         costs = _costs(cells, directory)
         text = write_summary(directory, runs, table_of_methods(runs, rows, costs), notes)
@@ -90,21 +89,21 @@ def compare(
 
 
 def _check(cell: Cell) -> None:
-    """Whether what lies in the run's folder is this run, begun by a comparison.
+    """Checks that the run's folder is new, or holds this run of a comparison.
 
     Raises:
-        ConfigError: it is another, or something else.
+        ConfigError: it holds another run, or something else.
     """
     if cell.directory.exists() and not _log(cell).exists():
         raise ConfigError(
-            f"name: {cell.directory} is there, but not from a comparison: give another name"
+            f"name: {cell.directory} exists but is not a comparison's: give another name"
         )
     file = cell.directory / CONFIG_FILE
     if not file.exists():
         return
     theirs: Any = OmegaConf.to_container(OmegaConf.load(file))
     ours: Any = OmegaConf.to_container(cell.cfg, resolve=True)
-    if cell.parent is not None:  # What comes of the parent is in theirs alone.
+    if cell.parent is not None:  # Theirs also holds what the parent gave.
         for key in ("weighting", "tuned_from", "pretrained_feature_extractor"):
             theirs.pop(key, None)
             ours.pop(key, None)
@@ -121,7 +120,7 @@ def _check(cell: Cell) -> None:
 
 
 def _run_all(cells: Sequence[Cell], directory: Path, processes: int) -> None:
-    """First the runs that start from nothing, then those that start from these."""
+    """Trains the runs that start from scratch, then their children."""
     (directory / "logs").mkdir(exist_ok=True)
     missing = [cell for cell in cells if not (cell.directory / RESULT_FILE).exists()]
     done = len(cells) - len(missing)
@@ -129,17 +128,17 @@ def _run_all(cells: Sequence[Cell], directory: Path, processes: int) -> None:
         print(f"{done} of {len(cells)} runs are finished already", flush=True)
     for children in (False, True):
         wave = [cell for cell in missing if (cell.parent is not None) == children]
-        for cell, reason in _run(wave, directory, processes):
+        for cell, reason in _run_cells(wave, directory, processes):
             done += 1
             result = read_json(cell.directory / RESULT_FILE)
             said = f"failed: {reason}" if result is None else f"linear {result['linear']:.2f} %"
             print(f"[{done}/{len(cells)}] {cell.method}, seed {cell.seed}: {said}", flush=True)
 
 
-def _run(
+def _run_cells(
     cells: Sequence[Cell], directory: Path, processes: int
 ) -> Iterator[tuple[Cell, str | None]]:
-    """Each cell with the reason of its failure, in the order in which they end."""
+    """Trains the cells; yields each one as it ends, with the reason if it failed."""
     if processes == 1:
         for cell in cells:
             yield cell, _attempt(cell)
@@ -148,7 +147,7 @@ def _run(
     local = threading.local()
 
     def attempt(cell: Cell) -> str | None:
-        # A process for each thread, used again and again: it dies alone, and imports once.
+        # One process for each thread: it imports once, and a crash ends only its own run.
         if getattr(local, "pool", None) is None:
             local.pool = ProcessPoolExecutor(
                 1, get_context("spawn"), _start_worker, (os.getpid(), threads)
@@ -173,7 +172,7 @@ def _run(
 
 
 def _start_worker(parent: int, threads: int) -> None:
-    """Takes a share of the cores, and ends with the process that started it."""
+    """Limits a worker's threads, and ends it when the process that started it ends."""
     torch.set_num_threads(threads)
 
     def watch() -> None:
@@ -189,7 +188,7 @@ def _log(cell: Cell) -> Path:
 
 
 def _attempt(cell: Cell) -> str | None:
-    """Trains and evaluates a cell, its output in a log; the reason if that fails."""
+    """Trains and evaluates a cell with its output in a log; returns the reason if it fails."""
     log = _log(cell)
     failure = log.with_suffix(f".{FAILURE_FILE}")
     try:
@@ -199,7 +198,7 @@ def _attempt(cell: Cell) -> str | None:
             contextlib.redirect_stderr(file),
         ):
             _train_and_evaluate(cell)
-    except Exception as error:  # Whatever it is, the other runs go on.
+    except Exception as error:  # Of any kind: the other runs are still trained.
         text = str(error).strip()
         line = text.splitlines()[0] if text else ""
         reason = line if isinstance(error, ConfigError) else f"{type(error).__name__}: {line}"
@@ -210,10 +209,10 @@ def _attempt(cell: Cell) -> str | None:
 
 
 def _train_and_evaluate(cell: Cell) -> None:
-    """Trains, unless that has been done; evaluates; and writes down what came of both."""
+    """Trains the cell unless it is trained, evaluates it, and writes its result."""
     trained = read_json(cell.directory / TRAINED_FILE)
     if trained is None:
-        run = pretrain(_with_parent(cell))  # From its newest checkpoint, if it was cut short.
+        run = pretrain(_with_parent(cell))  # It resumes an interrupted run.
         model, cfg = run.model, run.cfg
         trained = read_json(cell.directory / TRAINED_FILE)
     else:
@@ -222,7 +221,7 @@ def _train_and_evaluate(cell: Cell) -> None:
         model = find_method(cfg.method)(cfg)
         model.load_state_dict(state["state_dict"])
         if not cfg.performance.disable_channel_last:
-            model = model.to(memory_format=torch.channels_last)  # As it was trained, to the bit.
+            model = model.to(memory_format=torch.channels_last)  # As in training.
     train, validation = (load_images(cfg.data, train=part) for part in (True, False))
     found = evaluate(
         model.backbone,
@@ -237,10 +236,10 @@ def _train_and_evaluate(cell: Cell) -> None:
 
 
 def _with_parent(cell: Cell) -> DictConfig:
-    """The cell's configuration with what its parent's run gives.
+    """Makes the cell's configuration with the weights or backbone of its parent's run.
 
     Raises:
-        ConfigError: the parent has no finished run.
+        ConfigError: the parent's run is not finished.
     """
     cfg: Any = OmegaConf.create(OmegaConf.to_container(cell.cfg))
     if cell.parent is None:
@@ -258,7 +257,7 @@ def _with_parent(cell: Cell) -> DictConfig:
 
 
 def _failure(cell: Cell, directory: Path) -> dict[str, Any]:
-    """A failed run's row."""
+    """Makes the row of a failed run."""
     found = read_json(directory / "logs" / f"{cell.cfg.name}.{FAILURE_FILE}") or {}
     reason = found.get("reason", "cut short")
     return {"method": cell.method, "seed": cell.seed, "reason": reason}
@@ -268,19 +267,19 @@ def _failure(cell: Cell, directory: Path) -> dict[str, Any]:
 
 
 def _costs(cells: Sequence[Cell], directory: Path) -> dict[str, dict[str, float]]:
-    """The cost of each method's training by that of ``fixed``: its step's time and its epochs, and
-    its parent's on top. Measured once for the methods that have a finished run, and kept."""
+    """Computes each method's training cost relative to ``fixed``: step time times epochs, plus its
+    parent's. Measured once, for the methods with a finished run, and kept in ``cost.json``."""
     first: dict[str, Cell] = {}
     for cell in cells:
         if (cell.directory / RESULT_FILE).exists():
             first.setdefault(cell.method, cell)
     file = directory / COST_FILE
     known = read_json(file) or {}
-    if BASE in first and not set(first) <= set(known):
+    if BASELINE in first and not set(first) <= set(known):
         configs = {method: _prepared(cell) for method, cell in first.items()}
-        steps = step_costs(configs, BASE)
+        steps = step_costs(configs, BASELINE)
         epochs = {
-            method: cfg.max_epochs / configs[BASE].max_epochs for method, cfg in configs.items()
+            method: cfg.max_epochs / configs[BASELINE].max_epochs for method, cfg in configs.items()
         }
         known = {}
         for method, cell in first.items():
@@ -296,7 +295,7 @@ def _costs(cells: Sequence[Cell], directory: Path) -> dict[str, dict[str, float]
 
 
 def _prepared(cell: Cell) -> DictConfig:
-    """The configuration that a run was trained with, prepared to build its model from."""
+    """Prepares the configuration of a finished run, to build its model again."""
     source = OmegaConf.load(cell.directory / CONFIG_FILE)
     assert isinstance(source, DictConfig)
     source.pretrained_feature_extractor = None
@@ -305,7 +304,7 @@ def _prepared(cell: Cell) -> DictConfig:
     return cfg
 
 
-def _notes(cells: Sequence[Cell], runs: Any) -> str:
+def _table_notes(cells: Sequence[Cell], runs: Any) -> str:
     cfg = cells[0].cfg
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(cell.seed for cell in cells))
     trained = runs["seconds"].sum()

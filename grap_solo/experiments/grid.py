@@ -1,4 +1,4 @@
-"""The runs of a comparison, and the file that describes it."""
+"""Plans the runs of a comparison, and reads the file that describes one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from grap_solo.training.run import prepare_one_of_many
 from grap_solo.weighting import WEIGHTINGS
 
 CHILDREN = ("_tuned", "_finetuned")
+"""Suffixes of methods that start from another method's run."""
 GRID_KEYS = ("methods", "seeds", "processes", "definitions")
 
 
@@ -24,10 +25,10 @@ class Cell:
     """One run of the comparison.
 
     Attributes:
-        method: its name in the table.
-        seed: its seed.
-        cfg: its configuration; what its parent's run gives is still missing from it.
-        parent: the run that it starts from, by its folder; None if it starts from nothing.
+        method: the method's name in the table.
+        seed: the run's seed.
+        cfg: the run's configuration, still without the weights or backbone of its parent.
+        parent: the folder of the run that it starts from; None if it starts from scratch.
     """
 
     method: str
@@ -43,9 +44,9 @@ class Cell:
 def plan(
     cfg: DictConfig, methods: Sequence[str], seeds: Sequence[int], definitions: Mapping[str, Any]
 ) -> list[Cell]:
-    """Every run of a comparison, parents before their children.
+    """Plans every run of a comparison, parents before their children.
 
-    A child's parent is planned too, if only the child was asked for.
+    A parent is planned even if only its child was asked for.
 
     Raises:
         ConfigError: an unknown method, no methods or seeds, or a configuration that cannot be used.
@@ -60,9 +61,7 @@ def plan(
         raise ConfigError(f"definitions: expected a block for each name, got {definitions!r}")
     for name in definitions:
         if "/" in str(name):
-            raise ConfigError(
-                f"definitions: '{name}' is to be part of a file's name: leave out '/'"
-            )
+            raise ConfigError(f"definitions: '{name}' becomes part of a file's name: leave out '/'")
     wanted: dict[str, None] = {}
     for method in methods:
         root, _ = _root(str(method), definitions)
@@ -76,7 +75,7 @@ def plan(
             parent = None
             if suffix is not None:
                 parent = run_dir(mine)
-                if isinstance(mine.get("method"), str):  # A definition may hold the plain name.
+                if isinstance(mine.get("method"), str):  # A definition may give the plain name.
                     mine.method = weighted_name(mine.method)
                 mine.weighting = {"name": "fixed"}
                 if suffix == "_finetuned":
@@ -89,13 +88,14 @@ def plan(
 
 
 def _root(method: str, definitions: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The method that trains from nothing, and what is done with its run; None if nothing is."""
+    """Splits a name into the method that trains from scratch and a suffix of :data:`CHILDREN`; the
+    suffix is None where there is none."""
     if method in definitions or method in WEIGHTINGS:
         return method, None
     for suffix in CHILDREN:
         root = method.removesuffix(suffix)
         if root == "supervised":
-            continue  # Its weights are all 0, and its backbone has had the labels.
+            continue  # Its weights are all 0, and its backbone was trained with the labels.
         if root != method and (root in definitions or root in WEIGHTINGS):
             return root, suffix
     names = {*definitions, *WEIGHTINGS}
@@ -106,7 +106,7 @@ def _root(method: str, definitions: Mapping[str, Any]) -> tuple[str, str | None]
 def _configuration(
     cfg: DictConfig, root: str, seed: int, definitions: Mapping[str, Any]
 ) -> DictConfig:
-    """A method's own: the common configuration without its weighting, and what differs."""
+    """Makes a method's configuration: the common one, with the keys in which the method differs."""
     mine: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     mine.pop("weighting", None)
     if isinstance(mine.get("method"), str):
@@ -128,19 +128,20 @@ def _configuration(
 def read_grid(
     file: Path, overrides: Sequence[str], load: Callable[[Path, Sequence[str]], DictConfig]
 ) -> tuple[DictConfig, dict[str, Any]]:
-    """The common configuration and the grid's own keys, from a grid's file or any other.
+    """Reads the common configuration and the grid's keys from a grid's file or any other.
 
-    A grid's file has ``base``, a configuration file beside it, ``overrides`` of it, and ``name``,
-    ``methods``, ``seeds``, ``processes`` and ``definitions``: see :func:`compare`. Any other
-    configuration can be compared with these keys on the command line.
+    A grid's file names a ``base``, which is a configuration file relative to it, and may have
+    ``overrides`` of the base, ``name``, ``methods``, ``seeds``, ``processes`` and ``definitions``:
+    see :func:`~grap_solo.experiments.compare.compare`. For any other configuration file, these keys
+    come from the command line.
 
     Args:
-        file: the file.
-        overrides: of the command line: the grid's keys, or hydra's overrides of the base.
-        load: composes a configuration file.
+        file: the grid's file or a configuration file.
+        overrides: the command line's: grid keys, or hydra's overrides of the base.
+        load: composes a configuration file with overrides.
 
     Raises:
-        ConfigError: keys in it that a grid does not have, or no such base.
+        ConfigError: unknown keys in the grid's file, or a base that does not exist.
     """
     given = [each for each in overrides if each.lstrip("+").partition("=")[0] in GRID_KEYS]
     others = [each for each in overrides if each not in given]

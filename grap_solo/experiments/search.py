@@ -1,6 +1,6 @@
-"""The expensive baseline: a search over the loss weights, in one training run for each trial.
+"""The expensive baseline: a search over the loss weights with one training for each trial.
 
-Samplers, both of Optuna: tree-structured Parzen estimators (Bergstra et al., "Algorithms for
+Both samplers are Optuna's: tree-structured Parzen estimators (Bergstra et al., "Algorithms for
 Hyper-Parameter Optimization", 2011) and random search (Bergstra & Bengio, "Random Search for
 Hyper-Parameter Optimization", 2012).
 """
@@ -35,7 +35,7 @@ from grap_solo.training.run import prepare_one_of_many, pretrain
 STUDY_FILE = "study.db"
 
 RANGE = 10.0
-"""A weight is searched from its reference divided by this to its reference times this."""
+"""A weight is searched between its reference divided by this and its reference times this."""
 
 SAMPLERS: dict[str, type[TPESampler] | type[RandomSampler]] = {
     "tpe": TPESampler,
@@ -59,26 +59,26 @@ def search(
     its reference; the best has the highest validation accuracy of the online probe. GraP is run
     once, and once more with the median of its weights.
 
-    Started again with the same arguments, it does what is missing; ``trials`` may have grown. A
-    run that was cut off is done again from its start, so that the history of an interrupted
-    search is that of an uninterrupted one (as far as training repeats itself, which it does on
-    one machine's CPU). What a cut-off run had cost is not counted.
+    Called again with the same arguments, it resumes; ``trials`` may have grown. An interrupted run
+    starts over, so that an interrupted search has the same history as an uninterrupted one where
+    training is reproducible, as on one machine's CPU. The time of the interrupted part is not
+    counted.
 
     Args:
-        source: a composed configuration. Its name, ``checkpoint.dir`` and weighting give way to
-            each run's own; a ``grap`` weighting is that of the GraP run.
-        directory: where the study and all runs go.
-        trials: how many trials there are to be in all; pruned and failed ones count.
+        source: a composed configuration. Each run has a name, ``checkpoint.dir`` and weighting of
+            its own; the GraP run takes the weighting from here if it is a ``grap`` one.
+        directory: the folder for the study and all runs.
+        trials: the total number of trials, pruned and failed ones included.
         sampler: ``tpe`` or ``random``.
-        pruner: ``none``, or ``median``: stops a trial whose accuracy after an epoch is below the
-            median of the earlier trials'.
-        seed: of the sampler. The runs' own is the configuration's, the same for all.
+        pruner: ``none``; or ``median``, which stops a trial whose accuracy after an epoch is below
+            the median of the earlier trials'.
+        seed: the sampler's seed. All runs train with the configuration's seed.
 
     Returns:
         The path of ``search.md``.
 
     Raises:
-        ConfigError: input that cannot be used, or a directory that holds something else.
+        ConfigError: bad input, or a directory that holds something else.
     """
     if sampler not in SAMPLERS:
         raise unknown_name("sampler", sampler, SAMPLERS)
@@ -96,7 +96,7 @@ def search(
         )
     plain = _shared_keys(source)
     settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": plain}
-    settings = json.loads(json.dumps(settings, default=str))  # As the study gives them back.
+    settings = json.loads(json.dumps(settings, default=str))  # As the study returns them.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     _claim_directory(directory)
@@ -105,10 +105,10 @@ def search(
         while (done := len(_history(study))) < trials:
             study.sampler = _sampler(sampler, seed, done)
             _run_trial(study, plain, directory, terms_of(cfg))
-        write_report(_history(study), settings, directory, cfg)  # Before what may yet fail.
+        write_report(_history(study), settings, directory, cfg)  # GraP's runs may fail.
         _run_comparison(plain, directory)
         table = write_report(_history(study), settings, directory, cfg)
-    print(f"\n{table}\n")
+    print(f"\n{table}")
     print("files:", ", ".join(str(directory / file) for file in REPORT_FILES))
     return directory / REPORT_FILES[0]
 
@@ -117,7 +117,7 @@ def search(
 
 
 def _shared_keys(source: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values, without what each run sets for itself."""
+    """The configuration that all runs share, as plain values: without each run's own keys."""
     plain = OmegaConf.to_container(source, resolve=True)
     assert isinstance(plain, dict)
     for key in ("hydra", "name", "resume_from_checkpoint"):
@@ -130,7 +130,7 @@ def _shared_keys(source: DictConfig) -> dict[str, Any]:
 def _run_config(
     plain: dict[str, Any], directory: Path, name: str, weighting: dict[str, Any]
 ) -> DictConfig:
-    """The configuration of one run of the search."""
+    """Makes the configuration of one run of the search."""
     own = {"name": name, "method": weighted_name(plain["method"]), "weighting": weighting}
     cfg = OmegaConf.create({**plain, **own})
     OmegaConf.update(cfg, "checkpoint.dir", str(directory), force_add=True)
@@ -138,7 +138,7 @@ def _run_config(
 
 
 def _claim_directory(directory: Path) -> None:
-    """Makes it, unless something other than a search lies there, whose runs would be removed."""
+    """Makes the search's folder, and refuses one of anything else: runs in it may be removed."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -149,7 +149,7 @@ def _claim_directory(directory: Path) -> None:
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """Removes what a run that was cut off has left, so that it can be done again."""
+    """Removes the files of an interrupted run, which then starts over."""
     if directory.exists():
         shutil.rmtree(directory)
 
@@ -160,10 +160,10 @@ def _remove_unfinished(directory: Path) -> None:
 def _open_study(
     directory: Path, pruner: BasePruner, settings: dict[str, Any]
 ) -> optuna.study.Study:
-    """The directory's study, new or as it was left.
+    """Opens the directory's study, or makes a new one.
 
     Raises:
-        ConfigError: it was made with other settings, or its file is damaged.
+        ConfigError: the study has other settings, or its file is damaged.
     """
     file = directory / STUDY_FILE
     try:
@@ -177,7 +177,7 @@ def _open_study(
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         line = str(error).splitlines()[0]
         raise ConfigError(f"{file}: not a study, or a damaged one: {line}") from None
-    if not _history(study):  # Nothing that other settings could contradict.
+    if not _history(study):  # No trial yet, so other settings do no harm.
         study.set_user_attr("settings", settings)
     difference = _difference(study.user_attrs.get("settings", {}), settings)
     if difference is not None:
@@ -187,7 +187,7 @@ def _open_study(
 
 
 def _difference(old: Any, new: Any, key: str = "") -> str | None:
-    """The first key that differs between two settings, in words; None if they are equal."""
+    """Describes the first key in which two settings differ; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}):
             inner = f"{key}.{name}" if key else name
@@ -199,35 +199,35 @@ def _difference(old: Any, new: Any, key: str = "") -> str | None:
 
 
 def _abandon_running(study: optuna.study.Study) -> None:
-    """Takes the trial that a killed search has left out of the history, to be done again."""
+    """Takes the trial of a killed search out of the history, so that it is run again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        # In this order: killed in between, it is found again.
+        # In this order: if killed in between, the next start finds it again.
         study.set_user_attr("abandoned", [*study.user_attrs.get("abandoned", []), trial.number])
         study.tell(trial.number, state=TrialState.FAIL)
 
 
 def _history(study: optuna.study.Study) -> list[FrozenTrial]:
-    """The finished trials in order: complete, pruned and failed, but not abandoned."""
+    """Lists the finished trials in order: complete, pruned and failed, but not abandoned."""
     abandoned = study.user_attrs.get("abandoned", [])
     trials = study.get_trials(deepcopy=False)
     return [each for each in trials if each.state.is_finished() and each.number not in abandoned]
 
 
 def _sampler(name: str, seed: int, done: int) -> BaseSampler:
-    """A sampler whose draws depend on nothing but the seed and the finished trials."""
+    """Makes a sampler whose draws depend only on the seed and the finished trials."""
     derived = np.random.SeedSequence([seed, done]).generate_state(1)[0]
     return SAMPLERS[name](seed=int(derived))
 
 
 class Reporter(Callback):
-    """Tells a trial its accuracy after each epoch, and ends the run when the trial is pruned.
+    """Reports the accuracy to the trial after each epoch, and ends the run if it is pruned.
 
     Args:
-        trial: whose run it is.
+        trial: the trial of the run.
 
     Raises:
-        optuna.TrialPruned: the pruner gives the run up. After the last epoch there is nothing
-            left to save, and the trial is complete.
+        optuna.TrialPruned: the pruner stops the run. After the last epoch it never does, since
+            nothing would be saved.
     """
 
     def __init__(self, trial: Trial) -> None:
@@ -245,12 +245,12 @@ class Reporter(Callback):
 def _run_trial(
     study: optuna.study.Study, plain: dict[str, Any], directory: Path, reference: dict[str, float]
 ) -> None:
-    """Draws weights, trains with them and records what came of it.
+    """Draws weights, trains with them and records the result.
 
-    A run that raises is a failed trial with its reason.
+    If the run raises, its trial has failed and keeps the reason.
 
     Raises:
-        ConfigError: the configuration's fault, not the weights': no trial would do better.
+        ConfigError: the configuration is wrong, so that every trial would fail.
     """
     name = trial_name(len(_history(study)))
     trial = study.ask()
@@ -267,7 +267,7 @@ def _run_trial(
         if accuracy is None:
             raise ConfigError(
                 "limit_val_batches, check_val_every_n_epoch: the run was never validated, and a "
-                "search compares validation accuracies: leave them out"
+                "search compares validation accuracies: remove these keys"
             )
     except optuna.TrialPruned:
         state = TrialState.PRUNED
@@ -286,7 +286,7 @@ def _run_trial(
 
 
 def _run_comparison(plain: dict[str, Any], directory: Path) -> None:
-    """Trains ``grap`` and, with the median of its weights, ``grap_tuned``."""
+    """Trains ``grap``, then ``grap_tuned`` with the median of its weights."""
     block = plain.get("weighting") or {}
     if block.get("name") != "grap":
         block = {"name": "grap"}
@@ -297,7 +297,7 @@ def _run_comparison(plain: dict[str, Any], directory: Path) -> None:
 
 
 def _run_once(cfg: DictConfig) -> None:
-    """Trains unless that has been finished already, and records accuracy and seconds."""
+    """Trains, unless the run is finished, and records accuracy and seconds."""
     file = run_dir(cfg) / RESULT_FILE
     if file.is_file():
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,7 +17,7 @@ from grap_solo.records.files import read_json
 from grap_solo.records.runs import RESULT_FILE
 from grap_solo.records.trajectory import MEDIAN_FILE, read_median
 from grap_solo.report.plots import COLORS
-from grap_solo.report.tables import markdown
+from grap_solo.report.tables import format_number, format_weights, markdown, write_csv, write_text
 from grap_solo.training.config import terms_of
 
 REPORT_FILES = ("search.md", "search.csv", "search.png")
@@ -26,17 +25,18 @@ REPORT_FILES = ("search.md", "search.csv", "search.png")
 
 @dataclass(frozen=True)
 class SearchRow:
-    """One run.
+    """One run of a search.
 
     Attributes:
         name: its folder.
-        weights: the weight of each term; the median for GraP.
-        accuracy: the online probe's top-1 in percent: the last, also of a pruned trial.
+        weights: the weight of each term; for GraP, the median of the learned ones.
+        accuracy: the online probe's last top-1 in percent, also of a pruned trial; None if the run
+            failed.
         state: ``complete``, ``pruned`` or ``fail``.
-        reason: why it failed.
-        seconds: what its training took.
-        runs: how many runs it has taken to get there, this one among them.
-        total: how many seconds of training that was.
+        reason: why it failed; else empty.
+        seconds: the seconds of its training.
+        runs: the number of runs up to and including this one.
+        total: the seconds of training of those runs.
     """
 
     name: str
@@ -72,7 +72,7 @@ def _trial_rows(history: Sequence[FrozenTrial]) -> list[SearchRow]:
 
 
 def _grap_rows(directory: Path) -> list[SearchRow]:
-    """``grap`` and ``grap_tuned``, as far as they have finished; tuning needs both."""
+    """Makes the rows of ``grap`` and ``grap_tuned``, if finished; the second costs both runs."""
     rows: list[SearchRow] = []
     for name in ("grap", "grap_tuned"):
         result = read_json(directory / name / RESULT_FILE)
@@ -89,7 +89,7 @@ def _grap_rows(directory: Path) -> list[SearchRow]:
 
 
 def _best_complete(rows: Sequence[SearchRow]) -> SearchRow | None:
-    """The best complete trial: a pruned one was trained for less. The earliest of equals."""
+    """Finds the best complete trial, the earliest of equals. Pruned ones were trained for less."""
     complete = [row for row in rows if row.state == "complete"]
     return max(complete, key=lambda row: row.accuracy or 0.0, default=None)
 
@@ -97,34 +97,37 @@ def _best_complete(rows: Sequence[SearchRow]) -> SearchRow | None:
 def write_report(
     history: Sequence[FrozenTrial], settings: Mapping[str, Any], directory: Path, cfg: DictConfig
 ) -> str:
-    """Writes ``search.csv``, ``search.md`` and ``search.png`` from what has been recorded.
+    """Writes ``search.csv``, ``search.md`` and ``search.png``.
+
+    Args:
+        history: the finished trials, in order.
+        settings: the search's ``sampler``, ``pruner`` and ``seed``.
+        directory: the search's folder, which holds the runs.
+        cfg: the prepared configuration of the runs.
 
     Returns:
         The text of ``search.md``.
     """
     trials, grap = _trial_rows(history), _grap_rows(directory)
     terms = list(terms_of(cfg))
-    _write_csv(directory / "search.csv", [*trials, *grap], terms)
-    text = f"{_table(trials, grap, terms)}\n\n{_reading_notes(trials, settings, cfg)}"
-    (directory / "search.md").write_text(f"{text}\n")
+    header = ["name", *terms, "accuracy", "state", "reason", "seconds", "cumulative_seconds"]
+    rows = [_csv_row(row, terms) for row in [*trials, *grap]]
+    write_csv(directory / "search.csv", [header, *rows])
+    notes = _reading_notes(trials, settings, cfg)
+    text = write_text(directory / "search.md", _table(trials, grap, terms), notes)
     _plot(directory / "search.png", trials, grap)
     return text
 
 
-def _write_csv(file: Path, rows: Sequence[SearchRow], terms: Sequence[str]) -> None:
-    with file.open("w", newline="") as lines:
-        writer = csv.writer(lines)
-        header = ["name", *terms, "accuracy", "state", "reason", "seconds", "cumulative_seconds"]
-        writer.writerow(header)
-        for row in rows:
-            weights = [f"{row.weights[term]:.6g}" for term in terms]
-            accuracy = "" if row.accuracy is None else f"{row.accuracy:.4f}"
-            cost = [f"{row.seconds:.2f}", f"{row.total:.2f}"]
-            writer.writerow([row.name, *weights, accuracy, row.state, row.reason, *cost])
+def _csv_row(row: SearchRow, terms: Sequence[str]) -> list[str]:
+    accuracy = format_number(row.accuracy, ".4f", missing="")
+    cost = [f"{row.seconds:.2f}", f"{row.total:.2f}"]
+    weights = format_weights(row.weights, terms, ".6g")
+    return [row.name, *weights, accuracy, row.state, row.reason, *cost]
 
 
 def _table(trials: Sequence[SearchRow], grap: Sequence[SearchRow], terms: Sequence[str]) -> str:
-    """The best trial so far after 1, 2, 4, ... trials, and GraP's rows, in Markdown."""
+    """Formats the best trial after 1, 2, 4, ... trials, and GraP's rows, in Markdown."""
     cells = [["run", "cost: runs", "cost: seconds", "online probe", *terms]]
     budgets = [2**n for n in range(len(trials).bit_length()) if 2**n < len(trials)]
     for budget in [*budgets, len(trials)]:
@@ -135,17 +138,21 @@ def _table(trials: Sequence[SearchRow], grap: Sequence[SearchRow], terms: Sequen
 
 
 def _cells(name: str, cost: SearchRow, found: SearchRow | None, terms: Sequence[str]) -> list[str]:
-    """One line: what has been spent by the end of ``cost``, and the best that it has found."""
-    spent = [name, str(cost.runs), f"{cost.total:.0f}"]
-    if found is None:
-        return [*spent, "-", *("-" for _ in terms)]
-    return [*spent, f"{found.accuracy:.2f}", *(f"{found.weights[term]:.3g}" for term in terms)]
+    """Formats one line: the runs and seconds spent up to ``cost``, and the best run they found."""
+    accuracy, weights = (None, None) if found is None else (found.accuracy, found.weights)
+    return [
+        name,
+        str(cost.runs),
+        f"{cost.total:.0f}",
+        format_number(accuracy, ".2f"),
+        *format_weights(weights, terms, ".3g"),
+    ]
 
 
 def _reading_notes(
     trials: Sequence[SearchRow], settings: Mapping[str, Any], cfg: DictConfig
 ) -> str:
-    """How to read the table."""
+    """Says how to read the table."""
     states = [row.state for row in trials]
     return (
         f"Top-1 of the online probe on the validation images of {cfg.data.dataset} in percent, "
@@ -159,10 +166,10 @@ def _reading_notes(
 
 
 def _plot(file: Path, trials: Sequence[SearchRow], grap: Sequence[SearchRow]) -> None:
-    """The best accuracy so far against what has been spent on training."""
+    """Plots the best accuracy so far against the time spent on training."""
     longest = max(row.total for row in [*trials, *grap])
     unit, divisor = ("hours", 3600) if longest > 7200 else ("seconds", 1)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")  # Without pyplot: no global state.
+    figure = Figure(figsize=(7, 4.2), layout="constrained")  # pyplot keeps global state.
     axes = figure.subplots()
     best = [_best_complete(trials[: place + 1]) for place in range(len(trials))]
     spent = [row.total / divisor for row in trials]
@@ -181,5 +188,5 @@ def _plot(file: Path, trials: Sequence[SearchRow], grap: Sequence[SearchRow]) ->
 
 
 def _height(row: SearchRow | None) -> float:
-    """Where a row is drawn; nowhere as long as no trial is complete."""
+    """The row's accuracy; NaN, which is not drawn, as long as no trial is complete."""
     return np.nan if row is None or row.accuracy is None else row.accuracy

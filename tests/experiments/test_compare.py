@@ -166,7 +166,7 @@ def test_a_folder_that_is_not_its_own_is_not_deleted(tmp_path):
     mine = tmp_path / "grid" / "fixed-seed1"
     mine.mkdir(parents=True)
     (mine / "notes.txt").write_text("kept")
-    with pytest.raises(ConfigError, match="is there, but not from a comparison"):
+    with pytest.raises(ConfigError, match="exists but is not a comparison's"):
         compare(configuration(tmp_path), ["fixed"], [1])
     assert (mine / "notes.txt").read_text() == "kept"
 
