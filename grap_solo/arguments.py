@@ -14,10 +14,10 @@ from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.records.files import CONFIG_FILE
 
 # What flags accept. The modules that use these names take seconds to import; a test compares both.
-SAMPLERS = ("tpe", "random")
-PRUNERS = ("none", "median")
-PRECISIONS = ("32-true", "bf16-mixed")
-CONTENDERS = ("fixed", "grap", "grap_compiled", "k_backwards", "torchjd", "solo_learn")
+SAMPLER_NAMES = ("tpe", "random")
+PRUNER_NAMES = ("none", "median")
+PRECISION_NAMES = ("32-true", "bf16-mixed")
+CONTENDER_NAMES = ("fixed", "grap", "grap_compiled", "k_backwards", "torchjd", "solo_learn")
 BENCH_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar10"
 
 
@@ -154,11 +154,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         help="the number of trials, earlier ones in the folder included (default: 16)",
     )  # fmt: skip
     search.add_argument(
-        "--sampler", choices=SAMPLERS, default="tpe",
+        "--sampler", choices=SAMPLER_NAMES, default="tpe",
         help="tpe learns from earlier trials, random does not (default: tpe)",
     )  # fmt: skip
     search.add_argument(
-        "--pruner", choices=PRUNERS, default="none",
+        "--pruner", choices=PRUNER_NAMES, default="none",
         help="median stops a trial that falls below the median of the earlier ones "
         "(default: none)",
     )  # fmt: skip
@@ -263,7 +263,7 @@ def _add_bench(parser: Parser) -> None:
         help="step: where to train (default: cpu)",
     )  # fmt: skip
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="32-true",
+        "--precision", choices=PRECISION_NAMES, default="32-true",
         help="step: Lightning's precision (default: 32-true)",
     )  # fmt: skip
     parser.add_argument(
@@ -272,8 +272,8 @@ def _add_bench(parser: Parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--only", nargs="+", type=_contender, metavar="NAME",
-        help=f"step: the contenders to time, of {', '.join(CONTENDERS)} (default: all that are "
-        "installed but grap_compiled, which needs a C++ compiler)",
+        help=f"step: the contenders to time, of {', '.join(CONTENDER_NAMES)} (default: all "
+        "installed ones but grap_compiled, which needs a C++ compiler)",
     )  # fmt: skip
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the measurements to this file"
@@ -314,8 +314,8 @@ def _folder_of_runs(text: str) -> Path:
 
 
 def _contender(text: str) -> str:
-    if text not in CONTENDERS:
-        raise argparse.ArgumentTypeError(str(unknown_name("contender", text, CONTENDERS)))
+    if text not in CONTENDER_NAMES:
+        raise argparse.ArgumentTypeError(str(unknown_name("contender", text, CONTENDER_NAMES)))
     return text
 
 

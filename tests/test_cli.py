@@ -128,10 +128,10 @@ def test_the_names_that_flags_accept_are_those_of_the_modules_behind_them():
     from grap_solo.experiments import bench, search, timing
     from grap_solo.methods import METHODS
 
-    assert tuple(search.SAMPLERS) == arguments.SAMPLERS
-    assert tuple(search.PRUNERS) == arguments.PRUNERS
-    assert tuple(timing.AUTOCAST) == arguments.PRECISIONS
-    assert arguments.CONTENDERS == bench.CONTENDERS
+    assert tuple(search.SAMPLERS) == arguments.SAMPLER_NAMES
+    assert tuple(search.PRUNERS) == arguments.PRUNER_NAMES
+    assert tuple(timing.AUTOCAST) == arguments.PRECISION_NAMES
+    assert arguments.CONTENDER_NAMES == bench.CONTENDERS
     for name in METHODS:
         assert arguments._bench_method(name) == name
 
