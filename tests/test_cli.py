@@ -176,10 +176,8 @@ def test_hydra_gets_folders_that_are_absolute_and_overrides_behind_the_flags(cap
 ORDERS = [
     "from grap_solo import balance",
     "import grap_solo.balance; from grap_solo import balance",
-    "from grap_solo.balance import Step; from grap_solo import balance",
     "from grap_solo import balance; import grap_solo.balance",
     "import grap_solo.methods; from grap_solo import balance",
-    "import grap_solo; import grap_solo.balance; balance = grap_solo.balance",
     "from grap_solo import *",
 ]
 
