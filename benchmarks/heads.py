@@ -1,10 +1,10 @@
-"""A step's cost beside the backbone: heads, queue, probe, optimiser, momentum.
+"""Times the parts of a step beside the backbone: heads, queue, probe, optimiser, momentum.
 
     python benchmarks/heads.py [fixed grap solo_learn] [--method all4one] [--batch 64] [--rounds 40]
 
-The contenders of ``bench step``, whose backbones are a table of embeddings here. They take turns in
-one process: milliseconds of a step, of the optimiser alone and of the momentum update alone
-(medians of the rounds).
+The contenders are those of ``bench step``, with a table of embeddings for a backbone. They take
+turns in one process. Prints the milliseconds of a step, of the optimiser alone and of the
+momentum update alone (medians over the rounds).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from grap_solo.experiments.bench import Contender, contender, in_turns
+from grap_solo.experiments.bench import contender
+from grap_solo.experiments.timing import Contender, in_turns
 from grap_solo.report.tables import markdown
 from grap_solo.solo import BASE
 
 
 class Table(nn.Module):
-    """Embeddings that are learned themselves, whatever the images are."""
+    """A backbone that costs nothing: it learns one embedding for each place in the batch."""
 
     def __init__(self, batch: int, features: int) -> None:
         super().__init__()

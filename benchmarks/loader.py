@@ -1,16 +1,17 @@
-"""Images per second of the input pipelines, timed in turns in one process.
+"""Times the input pipelines in turns in one process, in images per second.
 
     python benchmarks/loader.py [--cifar10 DIR] [--device cuda] [--json FILE]
 
-The loaders, each of which gives both views of an image (they count as one image):
+Each loader gives both views of an image; they count as one image:
 
-solo-learn   its own transforms and DataLoader, if its main branch is on the path (PYTHONPATH);
-             images decoded in memory, as torchvision's CIFAR10 holds them
-one by one   the project's DataLoader: the same on PIL images, with reproducible draws; a Parquet
-             file's images are decoded when they are asked for
+solo-learn   solo-learn's transforms and DataLoader, if its main branch is on PYTHONPATH; the images
+             are decoded in memory, as in torchvision's CIFAR10
+one by one   the project's DataLoader on PIL images, with reproducible draws; a Parquet file's
+             images are decoded when they are loaded
 batched      grap_solo/data/batched.py
 
-All load in this process, without workers. The ratios are to the first of them, of one round.
+All load in this process, without workers. A ratio divides by the first loader's rate of the same
+round.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def configuration(cifar10: Path | None, batch_size: int) -> DictConfig:
-    """What the loaders read of a run's configuration."""
+    """Makes the part of a run's configuration that the loaders read."""
     dataset = "digits" if cifar10 is None else "cifar10"
     kind = "cifar" if dataset.startswith("cifar") else dataset
     return OmegaConf.create(
@@ -63,7 +64,7 @@ def configuration(cifar10: Path | None, batch_size: int) -> DictConfig:
 
 
 def solo_learns(cfg: DictConfig, images: Images) -> Any:
-    """solo-learn's own loader of images that lie decoded in memory; None without solo-learn."""
+    """Makes solo-learn's loader of images decoded in memory; None without solo-learn."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -78,7 +79,7 @@ def solo_learns(cfg: DictConfig, images: Images) -> Any:
     samples = [images[index] for index in range(len(images))]
 
     class InMemory:
-        """As torchvision's datasets are."""
+        """A dataset like torchvision's, of images decoded in memory."""
 
         def __init__(self, transform: Callable[..., Any]) -> None:
             self.transform = transform
@@ -96,7 +97,7 @@ def solo_learns(cfg: DictConfig, images: Images) -> Any:
 
 
 def endless(loader: Any) -> Iterator[Any]:
-    """Its batches, epoch after epoch."""
+    """Yields a loader's batches, epoch after epoch."""
     for epoch in itertools.count():
         if hasattr(loader.sampler, "set_epoch"):
             loader.sampler.set_epoch(epoch)
@@ -113,7 +114,7 @@ def images_per_second(batches: Iterator[Any], count: int, size: int) -> float:
 
 
 def compare(loaders: dict[str, Any], size: int, count: int, rounds: int) -> list[dict[str, Any]]:
-    """Rates of each loader, and the ratios to the first one's in the same round."""
+    """Measures each loader's rate, and its ratio to the first one's in the same round."""
     batches = {name: endless(loader) for name, loader in loaders.items()}
     for each in batches.values():
         next(each)
@@ -139,7 +140,7 @@ def compare(loaders: dict[str, Any], size: int, count: int, rounds: int) -> list
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Formats the rates as a Markdown table."""
     lines = [
         "| threads | loader | images/s | ratio | least | most |",
         "|--------:|--------|---------:|------:|------:|-----:|",

@@ -1,11 +1,11 @@
-"""Where one optimiser step goes: torch's profiler on a contender of ``bench step``.
+"""Profiles one optimiser step of a contender of ``bench step`` with torch's profiler.
 
     python benchmarks/profile_step.py grap [--method all4one] [--batch 64] [--accelerator cpu]
         [--precision 32-true]
 
-Prints the operators that take the most time by themselves, how many operators a step starts (on a
-GPU each is a kernel or a few) and how often the host waits for a result: for a value, or for the
-size of what a mask selects.
+Prints the operators that take the most time by themselves, how many operators a step starts (each
+is one or a few kernels on a GPU), and how often the host waits on a GPU: for a value, or for the
+size of a masked selection.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import argparse
 
 from torch.profiler import ProfilerActivity, profile
 
-from grap_solo.experiments.bench import contender, count_operators
+from grap_solo.experiments.bench import contender
+from grap_solo.experiments.counting import count_operators
 
 
 def main() -> None:

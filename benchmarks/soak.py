@@ -1,10 +1,10 @@
-"""Trains on the digits for an hour and writes down what the process holds after each epoch.
+"""Trains on the digits for an hour and records the process's resources after each epoch.
 
     python benchmarks/soak.py DIRECTORY [--minutes 60] [key=value ...]
 
-DIRECTORY/soak.csv has a row for each epoch: the resident memory of the process and of the workers
-that load its data, in MiB, open file descriptors, threads, and the bytes of the run's folder. At
-the end a table of the first and the last tenth is printed, and the growth between: Linux only.
+DIRECTORY/soak.csv has a row for each epoch: resident memory of the process and of its data workers,
+in MiB, open file descriptors, threads, and the size of the run's folder. At the end, a table
+compares the first tenth of the epochs with the last. Linux only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLUMNS = ("memory, MiB", "workers, MiB", "file descriptors", "threads", "folder
 
 
 def resident(process: str) -> float:
-    """A process's resident memory in MiB."""
+    """Reads a process's resident memory, in MiB."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

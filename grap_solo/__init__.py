@@ -1,19 +1,28 @@
 """GraP for solo-learn: the weights of a composite self-supervised loss, learned while it trains.
 
-Importing this package needs neither Lightning nor solo-learn. ``import grap_solo.methods`` adds
-the ``grap_*`` methods to solo-learn's where solo-learn is installed.
+Importing this package imports neither torch nor anything else that is slow: each name below is
+imported when it is first used. ``import grap_solo.methods`` adds the ``grap_*`` methods to
+solo-learn's where solo-learn is installed.
 """
 
-from grap_solo.balance import SharedHead, Step, balance
-from grap_solo.errors import ConfigError
-from grap_solo.weighting import (
-    Equal,
-    Fixed,
-    GraP,
-    Statistics,
-    Weighting,
-    build_weighting,
-)
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grap_solo.balance import SharedHead, Step, balance
+    from grap_solo.errors import ConfigError
+    from grap_solo.weighting import (
+        Equal,
+        Fixed,
+        GraP,
+        Statistics,
+        Weighting,
+        build_weighting,
+    )
 
 __version__ = "0.1.0"
 
@@ -29,3 +38,31 @@ __all__ = [
     "balance",
     "build_weighting",
 ]
+
+if not TYPE_CHECKING:  # A type checker reads the imports above and refuses every other name.
+    _MODULES = {"ConfigError": "errors", "SharedHead": "balance", "Step": "balance"}
+    _MODULES |= {"balance": "balance"}
+
+    def __getattr__(name: str) -> Any:
+        """Imports a public name when it is first used (PEP 562)."""
+        if name not in __all__:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        module = import_module(f"{__name__}.{_MODULES.get(name, 'weighting')}")
+        value = globals()[name] = getattr(module, name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps ``grap_solo.balance`` the function, whichever import comes first: importing the module
+    of that name would otherwise put the module in the function's place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "balance" and isinstance(value, ModuleType):
+            value = value.balance
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,7 @@
-"""Composes configuration files. Importing this lets hydra find what the files in ``configs/`` share
-(``/common/...``, ``augmentations``, ``wandb``), from whichever folder one of them is composed.
+"""Composes configuration files with hydra.
+
+Importing this module adds ``configs/`` to the end of hydra's search path. A file in any folder can
+then use what ours share (``/common/...``, ``augmentations``, ``wandb``).
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ import grap_solo
 from grap_solo.errors import ConfigError
 
 CONFIGS = Path(grap_solo.__file__).parents[1] / "configs"
-"""The folder of the files that come with the project."""
+"""The folder of the project's own configuration files."""
 
 
 class SharedConfigs(SearchPathPlugin):
-    """Puts ``configs/`` behind all other places where hydra looks."""
+    """Adds ``configs/`` to the end of hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         if CONFIGS.is_dir():
@@ -32,14 +34,14 @@ Plugins.instance().register(SharedConfigs)
 
 
 def compose(file: Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration that a file and hydra overrides of it give.
+    """Composes a configuration file with hydra overrides.
 
     Args:
         file: a YAML file.
         overrides: such as ``max_epochs=2``.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist.
     """
     if not file.is_file():
         raise ConfigError(f"{file}: no such file")

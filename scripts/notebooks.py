@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Runs the notebooks from their scripts and writes them with their outputs: scripts/notebooks.py
+"""Runs the notebooks' scripts and writes the notebooks with their outputs: scripts/notebooks.py
 
-The environment variable EPOCHS shortens every training in them.
+The environment variable EPOCHS shortens every training.
 """
 
 from pathlib import Path
@@ -18,8 +18,8 @@ def main() -> None:
         notebook = jupytext.read(script)
         NotebookClient(notebook, timeout=None, resources={"metadata": {"path": FOLDER}}).execute()
         for cell in notebook.cells:
-            cell.metadata.pop("execution", None)  # When it ran, to the millisecond.
-            if cell.cell_type == "code":  # Warnings name the machine's folders.
+            cell.metadata.pop("execution", None)  # Times of execution, which differ each time.
+            if cell.cell_type == "code":  # Warnings, which name folders of this machine.
                 cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
         nbformat.write(notebook, script.with_suffix(".ipynb"))
         print(script.with_suffix(".ipynb").relative_to(FOLDER.parent))

@@ -1,10 +1,10 @@
-"""Digests of what short runs leave behind, to compare two commits bit for bit on one machine.
+"""Records digests of short runs' files, to compare two commits bit for bit on one machine.
 
     python scripts/recordings.py before.json               # at one commit
     python scripts/recordings.py after.json before.json    # at another: exit code 1 if they differ
 
-Every file of configs/digits is trained for two epochs. With solo-learn's main branch on PYTHONPATH
-the same runs stand on solo-learn's base classes, and stop after 20 steps.
+Trains every file of configs/digits for two epochs. With solo-learn's main branch on PYTHONPATH, the
+runs use solo-learn's base classes and stop after 20 steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def digest(content: bytes) -> str:
 
 
 def record(file: str, directory: Path) -> dict[str, str]:
-    """Trains one configuration file; digests of the run's records and of its final state dict."""
+    """Trains one configuration file; returns digests of the run's files and final state dict."""
     changes = ["max_epochs=2", "+enable_progress_bar=false", "name=run"]
     changes += [f"checkpoint.dir={directory}", "log_every_n_steps=1"]
     if BASE == "solo-learn":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Retrain from scratch with the median weights of a run: scripts/retrain_median.py RUN_DIR ..."""
+"""Retrains from scratch with the median weights of runs: scripts/retrain_median.py RUN_DIR ..."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""Commands that train more than once, or measure: retrain, compare, search, bench and demo."""
+"""Commands that launch runs, train more than once or measure: retrain, compare, search, ..."""

@@ -1,8 +1,7 @@
-"""The demonstration: default, GraP and GraP tuned on scikit-learn's digits, in one table."""
+"""The demonstration: default, GraP and tuned GraP on scikit-learn's digits, in one table."""
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +18,20 @@ from grap_solo.experiments.retrain import retrain
 from grap_solo.methods import CompositeMethod, find_method
 from grap_solo.records.files import MEDIAN_FILE
 from grap_solo.records.weights import median_weights
-from grap_solo.report.tables import markdown
+from grap_solo.report.tables import format_number, format_weights, markdown, write_csv, write_text
 from grap_solo.training.run import Run, pretrain
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method of the table; accuracies in percent, None where there is none.
+class DemoRow:
+    """One method of the table; accuracies are in percent.
 
     Attributes:
         method: its name.
-        online: top-1 of the online probe after the last epoch.
+        online: the online probe's top-1 after the last epoch; None if there was no training.
         offline: top-1 of the offline evaluations.
-        weights: the constant weight of each term, or the median of those learned.
+        weights: each term's constant weight, or the median of the learned ones; None if there was
+            no training.
     """
 
     method: str
@@ -40,17 +40,12 @@ class Row:
     weights: dict[str, float] | None
 
     def cells(self) -> list[str]:
-        """The row as text, in the order of :data:`HEADER` and the terms behind it."""
-        online = "-" if self.online is None else f"{self.online:.2f}"
-        weights = ["-"] * len(TERMS)
-        if self.weights is not None:
-            weights = [f"{self.weights[term]:.2f}" for term in TERMS]
+        """Formats the columns of :data:`HEADER`, then one for each of :data:`TERMS`."""
+        accuracies = (self.online, self.offline.linear, self.offline.knn)
         return [
             self.method,
-            online,
-            f"{self.offline.linear:.2f}",
-            f"{self.offline.knn:.2f}",
-            *weights,
+            *(format_number(accuracy, ".2f") for accuracy in accuracies),
+            *format_weights(self.weights, TERMS, ".2f"),
         ]
 
 
@@ -58,11 +53,11 @@ HEADER = ("method", "online probe", "linear probe", "k-NN")
 TERMS = ("nnclr", "attn_nnclr", "byol", "barlow")
 
 
-def demo(directory: Path, overrides: Sequence[str] = ()) -> list[Row]:
-    """Trains the three methods and writes ``summary.md`` and ``summary.csv`` beside their runs.
+def demo(directory: Path, overrides: Sequence[str] = ()) -> list[DemoRow]:
+    """Trains three methods and writes ``summary.md`` and ``summary.csv`` beside their runs.
 
     Args:
-        directory: where the runs go. One that is there already is moved aside.
+        directory: the folder for the runs. An existing one is moved aside.
         overrides: hydra overrides for all three, such as ``max_epochs=2``.
 
     Raises:
@@ -89,7 +84,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[Row]:
     tuned = retrain([grap.directory], lambda _: configuration("grap", "grap_tuned"))
     seconds = time.monotonic() - start
 
-    rows = [Row("untrained", None, _evaluate_untrained(default), None)]
+    rows = [DemoRow("untrained", None, _evaluate_untrained(default), None)]
     rows += [_row("default", default), _row("grap", grap), _row("grap_tuned", tuned)]
     _write_summary(rows, directory, seconds, default)
     return rows
@@ -105,27 +100,25 @@ def _evaluate(run: Run, model: CompositeMethod) -> Evaluation:
 
 
 def _evaluate_untrained(run: Run) -> Evaluation:
-    """The backbone as ``run`` started with it."""
+    """Evaluates the backbone with which ``run`` started."""
     pl.seed_everything(run.cfg.seed, verbose=False)
     return _evaluate(run, find_method(run.cfg.method)(run.cfg))
 
 
-def _row(method: str, run: Run) -> Row:
+def _row(method: str, run: Run) -> DemoRow:
     weights = median_weights(run.directory / "weights.csv", run.model.weighting.warmup_epochs)
-    return Row(method, run.accuracy, _evaluate(run, run.model), weights)
+    return DemoRow(method, run.accuracy, _evaluate(run, run.model), weights)
 
 
-def _write_summary(rows: Sequence[Row], directory: Path, seconds: float, run: Run) -> None:
+def _write_summary(rows: Sequence[DemoRow], directory: Path, seconds: float, run: Run) -> None:
     cells = [[*HEADER, *TERMS], *(row.cells() for row in rows)]
-    with (directory / "summary.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(cells)
-    table = markdown(cells)
+    write_csv(directory / "summary.csv", cells)
     notes = (
         f"Top-1 on digits' validation images in percent (one seed, {run.cfg.seed}; "
         f"{run.cfg.max_epochs} epochs). The weights are All4One's own, the median of those that "
         f"GraP learned, and that median held constant. Training took {seconds:.0f} s."
     )
-    (directory / "summary.md").write_text(f"{table}\n\n{notes}\n")
+    text = write_text(directory / "summary.md", markdown(cells), notes)
     files = ("summary.md", "summary.csv", "grap/weights.png", f"grap/{MEDIAN_FILE}")
-    print(f"\n{table}\n\n{notes}\n")
+    print(f"\n{text}")
     print("files:", ", ".join(str(directory / file) for file in files))

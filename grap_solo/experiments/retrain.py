@@ -1,4 +1,4 @@
-"""Runs that start from other runs: from their median weights, or from their backbone."""
+"""Trains runs that start from other runs: from their median weights or their backbone."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def retrain(
     epochs: tuple[int, int] | None = None,
     last: int | None = None,
 ) -> Run:
-    """Trains again with the median weights that runs have found ("tuned", paper 4.2).
+    """Trains from scratch with the median weights that runs have found ("tuned", paper 4.2).
 
-    The new run goes beside the first one, with ``_tuned`` behind its name, unless the command line
-    gives it another ``name`` or ``checkpoint.dir``. Its ``config.yaml`` is complete: the weights,
-    and ``tuned_from``, which says what they come from.
+    The new run lies beside the first one and is named after it with ``_tuned`` appended, unless the
+    command line gives another ``name`` or ``checkpoint.dir``. Its ``config.yaml`` holds the weights
+    and, in ``tuned_from``, where they come from.
 
     Args:
         parents: the runs' directories; the first one's configuration is trained.
-        load: composes a configuration file, with what the command line changes in it.
+        load: composes a configuration file with the command line's overrides.
         epochs: see :func:`~grap_solo.records.weights.pooled_weights`.
         last: see :func:`~grap_solo.records.weights.pooled_weights`.
 
     Raises:
-        ConfigError: not a run's directory, or what :func:`pretrain` refuses.
+        ConfigError: not a run's directory, or a configuration that :func:`pretrain` refuses.
     """
     cfg = _child(parents[0], load, "tuned")
     warmup = [OmegaConf.select(_read_config(each), WARMUP, default=0) for each in parents]
@@ -48,17 +48,18 @@ def retrain(
 
 
 def finetune(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
-    """Trains a run's backbone on with the labels, end to end ("Tuned", paper Table 6).
+    """Trains a run's backbone further with the labels, end to end ("Tuned", paper Table 6).
 
-    The new run goes beside the old one, with ``_finetuned`` behind its name, as in
+    The new run lies beside the old one and is named after it with ``_finetuned`` appended, as in
     :func:`retrain`.
 
     Args:
         parent: the run's directory.
-        load: composes a configuration file, with what the command line changes in it.
+        load: composes a configuration file with the command line's overrides.
 
     Raises:
-        ConfigError: not a run's directory, no checkpoint in it, or what :func:`pretrain` refuses.
+        ConfigError: not a run's directory, a run without a checkpoint, or a configuration that
+            :func:`pretrain` refuses.
     """
     cfg = _child(parent, load, "finetuned")
     cfg.method = weighted_name(cfg.method)
@@ -69,10 +70,10 @@ def finetune(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The last checkpoint of a run.
+    """Finds the newest checkpoint of a run.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the run has none.
     """
     found = sorted((run / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -88,7 +89,7 @@ def _read_config(run: Path) -> Any:
 
 
 def _child(parent: Path, load: Callable[[Path], DictConfig], suffix: str) -> DictConfig:
-    """A run's configuration for another run beside it."""
+    """Makes the configuration of a new run beside its parent."""
     saved = _read_config(parent)
     cfg = load(parent / CONFIG_FILE)
     OmegaConf.set_struct(cfg, False)

@@ -1,7 +1,8 @@
-"""The table of a comparison: every method's runs as mean and standard deviation."""
+"""Tables as files and as text, and the statistics of a comparison's table."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,20 @@ from statsmodels.stats.multitest import multipletests
 
 from grap_solo.records.weights import format_weight
 
+MISSING = "-"
+"""The cell of a table that has no value."""
+
 METRICS = {"online": "online probe", "linear": "linear probe", "knn": "k-NN", "rankme": "RankMe"}
-BASE = "fixed"
+BASELINE = "fixed"
+"""The method that costs and p-values compare with."""
 
 
 def table_of_runs(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row for each run: method, seed, the metrics, ``weight/<term>``, seconds, and ``reason``,
-    why it failed (empty if it did not).
+    """Makes one row for each run: method, seed, the metrics, ``weight/<term>``, seconds, and
+    ``reason``, which says why the run failed and is empty if it did not.
 
     Args:
-        results: the runs' ``result.json``, or for a failed one its method, seed and reason.
+        results: each run's ``result.json``; of a failed run its method, seed and reason.
     """
     rows = []
     for result in results:
@@ -42,12 +47,12 @@ def _weights(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def table_of_methods(
     runs: pd.DataFrame, methods: Sequence[str], costs: Mapping[str, Mapping[str, float]]
 ) -> pd.DataFrame:
-    """One row for each method: runs, failed runs, mean and standard deviation (of a sample) of
-    the metrics, the cost of its training by that of ``fixed``, the significance, the mean weights.
+    """Makes one row for each method: runs, failed runs, mean and sample standard deviation of the
+    metrics, training cost relative to ``fixed``, p-value, and mean weights.
 
-    ``p_value`` is of Welch's t-test of the linear probe against ``fixed``, two-sided, corrected
-    over all methods of the table by Holm (1979). It is NaN where either has fewer than two runs,
-    or where neither varies.
+    ``p_value`` compares the linear probe with that of ``fixed`` by Welch's two-sided t-test,
+    corrected over all methods of the table by Holm (1979). It is NaN where either method has fewer
+    than two runs, or where neither varies.
 
     Args:
         runs: see :func:`table_of_runs`.
@@ -75,17 +80,17 @@ def table_of_methods(
 
 
 def p_values(runs: pd.DataFrame, methods: Sequence[str]) -> list[float]:
-    """The corrected p-value of each method: see :func:`table_of_methods`."""
+    """Computes the corrected p-value of each method: see :func:`table_of_methods`."""
     linear = {
         method: runs.loc[(runs["method"] == method) & (runs["reason"] == ""), "linear"].to_numpy()
-        for method in {*methods, BASE}
+        for method in {*methods, BASELINE}
     }
-    base = linear[BASE]
+    base = linear[BASELINE]
     raw = np.full(len(methods), np.nan)
     for i, method in enumerate(methods):
         mine = linear[method]
         varies = len(mine) and len(base) and (np.ptp(mine) > 0 or np.ptp(base) > 0)
-        if method != BASE and min(len(mine), len(base)) > 1 and varies:
+        if method != BASELINE and min(len(mine), len(base)) > 1 and varies:
             raw[i] = ttest_ind(mine, base, equal_var=False).pvalue
     tested = np.isfinite(raw)
     if tested.any():
@@ -94,13 +99,16 @@ def p_values(runs: pd.DataFrame, methods: Sequence[str]) -> list[float]:
 
 
 def write_summary(directory: Path, runs: pd.DataFrame, methods: pd.DataFrame, notes: str) -> str:
-    """Writes ``runs.csv``, ``summary.csv`` and ``summary.md``; returns what the last one holds.
+    """Writes a comparison's ``runs.csv``, ``summary.csv`` and ``summary.md``.
 
     Args:
-        directory: where to.
+        directory: the comparison's folder.
         runs: see :func:`table_of_runs`.
         methods: see :func:`table_of_methods`.
-        notes: what stands below the table.
+        notes: the text below the table.
+
+    Returns:
+        The text of ``summary.md``.
     """
     runs.to_csv(directory / "runs.csv", index=False, float_format="%.6g")
     methods.to_csv(directory / "summary.csv", index=False, float_format="%.6g")
@@ -112,20 +120,32 @@ def write_summary(directory: Path, runs: pd.DataFrame, methods: pd.DataFrame, no
         count = f"{row['runs']}" + (f" ({row['failed']} failed)" if row["failed"] else "")
         cells = [row["method"], count]
         cells += [_mean_and_std(row, metric) for metric in METRICS]
-        cells += [_number(row["cost"], "{:.2f}"), _number(row["p_value"], "{:.3f}")]
+        cells += [format_number(row["cost"], ".2f"), format_number(row["p_value"], ".3f")]
         rows.append(cells + [_weight(row[column]) for column in weights])
-    text = f"{markdown(rows)}\n\n{notes}\n"
+    parts = [markdown(rows), notes]
     failed = runs[runs["reason"] != ""]
     if len(failed):
         lines = [["failed run", "reason"]]
         lines += [[f"{r['method']}, seed {r['seed']}", r["reason"]] for _, r in failed.iterrows()]
-        text += f"\n{markdown(lines)}\n"
-    (directory / "summary.md").write_text(text)
+        parts.append(markdown(lines))
+    return write_text(directory / "summary.md", *parts)
+
+
+def write_csv(file: Path, rows: Sequence[Sequence[str]]) -> None:
+    """Writes rows of texts, the header first, as a CSV file."""
+    with file.open("w", newline="") as lines:
+        csv.writer(lines).writerows(rows)
+
+
+def write_text(file: Path, *parts: str) -> str:
+    """Writes tables and notes with an empty line between them; returns the file's text."""
+    text = "\n\n".join(parts) + "\n"
+    file.write_text(text)
     return text
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in plain text: the first to the left."""
+    """Formats a Markdown table that lines up in plain text, the first column to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
@@ -138,15 +158,23 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
 
 
+def format_number(value: float | None, form: str, missing: str = MISSING) -> str:
+    """Formats a number such as ``.2f`` says, or a missing one (None or NaN) as ``missing``."""
+    return missing if pd.isna(value) else format(value, form)
+
+
+def format_weights(
+    weights: Mapping[str, float] | None, terms: Sequence[str], form: str
+) -> list[str]:
+    """Formats the weight of each term; all are missing when there are no weights."""
+    values = [None if weights is None else weights[term] for term in terms]
+    return [format_number(value, form) for value in values]
+
+
 def _mean_and_std(row: pd.Series, metric: str) -> str:
-    mean = _number(row[f"{metric}_mean"], "{:.2f}")
-    std = _number(row[f"{metric}_std"], " ± {:.2f}")
-    return mean if std == "-" else mean + std
+    mean, std = (row[f"{metric}_{part}"] for part in ("mean", "std"))
+    return format_number(mean, ".2f") + ("" if pd.isna(std) else f" ± {std:.2f}")
 
 
 def _weight(value: float) -> str:
-    return "-" if pd.isna(value) else format_weight(value)
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if pd.isna(value) else form.format(value)
+    return MISSING if pd.isna(value) else format_weight(value)

@@ -9,14 +9,9 @@ from helpers import DIGITS, ROOT
 
 from grap_solo.cli import main
 from grap_solo.compose import compose
-from grap_solo.experiments.bench import (
-    Contender,
-    k_backwards,
-    peak_memory,
-    random_batch,
-    step_costs,
-    torchjd_step,
-)
+from grap_solo.experiments.bench import k_backwards, torchjd_step
+from grap_solo.experiments.counting import peak_memory
+from grap_solo.experiments.timing import Contender, random_batch, step_costs
 from grap_solo.training.config import prepare
 
 
@@ -89,8 +84,11 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path, monkeypatch, capsys)
     ("arguments", "message"),
     [
         (["bench"], "bench: the following arguments are required: what"),
-        (["bench", "step", "--rounds", "0"], "--rounds: expected 1 or more"),
-        (["bench", "step", "--only", "gra"], "--only: unknown name 'gra': did you mean 'grap'"),
+        (["bench", "step", "--rounds", "0"], "--rounds: expected a whole number of 1 or more"),
+        (
+            ["bench", "step", "--only", "gra"],
+            "--only: contender: unknown name 'gra': did you mean 'grap'",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):

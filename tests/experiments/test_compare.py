@@ -19,7 +19,8 @@ from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.compose import compose
 from grap_solo.evaluation.offline import rankme
-from grap_solo.experiments.compare import compare, plan, read_grid
+from grap_solo.experiments.compare import compare
+from grap_solo.experiments.grid import plan, read_grid
 from grap_solo.report.tables import p_values, table_of_methods, table_of_runs
 from grap_solo.weighting import WEIGHTINGS
 
@@ -165,7 +166,7 @@ def test_a_folder_that_is_not_its_own_is_not_deleted(tmp_path):
     mine = tmp_path / "grid" / "fixed-seed1"
     mine.mkdir(parents=True)
     (mine / "notes.txt").write_text("kept")
-    with pytest.raises(ConfigError, match="is there, but not from a comparison"):
+    with pytest.raises(ConfigError, match="exists but is not a comparison's"):
         compare(configuration(tmp_path), ["fixed"], [1])
     assert (mine / "notes.txt").read_text() == "kept"
 

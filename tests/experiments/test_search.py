@@ -18,11 +18,12 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from grap_solo import ConfigError
-from grap_solo.experiments.search import Row, _history, _sampler, _table, search
+from grap_solo.experiments.search import _history, _sampler, search
+from grap_solo.experiments.search_report import SearchRow, _table
 from grap_solo.methods import GrapAll4One
 
 # A tenth of the images in batches of 32: 3 steps an epoch.
-FEW = ["+data.fraction=0.1", "optimizer.batch_size=32", "+enable_progress_bar=false",
+FEW = ["++data.fraction=0.1", "optimizer.batch_size=32", "+enable_progress_bar=false",
        "checkpoint.enabled=false"]  # fmt: skip
 REFERENCE = {"nnclr": 0.5, "attn_nnclr": 0.5, "byol": 2.5, "barlow": 2.5}
 TERMS = list(REFERENCE)
@@ -128,7 +129,7 @@ def test_a_finished_search_only_writes_its_report_again(done, capfd):
 
 def row(place, accuracy, state="complete"):
     weights = {"a": 0.5, "b": place}
-    return Row(
+    return SearchRow(
         f"trial-{place:03d}", weights, accuracy, state, "", 10.0, place + 1, 10.0 * (1 + place)
     )
 
@@ -136,7 +137,7 @@ def row(place, accuracy, state="complete"):
 def test_the_table_has_the_best_complete_trial_so_far():
     trials = [row(0, None, "fail"), row(1, 99.0, "pruned"), row(2, 40.0), row(3, 60.0)]
     trials += [row(4, 50.0)]
-    grap = [Row("grap", {"a": 1.0, "b": 2.0}, 55.0, "complete", "", 12.0, 1, 12.0)]
+    grap = [SearchRow("grap", {"a": 1.0, "b": 2.0}, 55.0, "complete", "", 12.0, 1, 12.0)]
     lines = _table(trials, grap, ["a", "b"]).splitlines()
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]] == [
         ["best of 1 trial", "1", "10", "-", "-", "-"],

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from grap_solo import ConfigError
 from grap_solo.compose import compose
-from grap_solo.experiments.compare import plan
+from grap_solo.experiments.grid import plan
 from grap_solo.methods import (
     METHODS,
     CompositeMethod,

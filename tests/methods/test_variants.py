@@ -333,8 +333,14 @@ def test_finetuning_starts_at_the_runs_backbone_and_trains_it_with_the_labels(se
     ("arguments", "message"),
     [
         (["retrain", "RUN", "--epochs", "1"], "retrain: argument --epochs: expected 2 arguments"),
-        (["retrain", "RUN", "--mean-last", "0"], "--mean-last: expected 1 or more"),
-        (["retrain", "RUN", "--mean-last", "x"], "--mean-last: invalid int value"),
+        (
+            ["retrain", "RUN", "--mean-last", "0"],
+            "--mean-last: expected a whole number of 1 or more",
+        ),
+        (
+            ["retrain", "RUN", "--mean-last", "x"],
+            "--mean-last: expected a whole number of 1 or more, got 'x'",
+        ),
         (["retrain", "RUN", "--epochs", "0", "1", "--mean-last", "2"], "give one"),
         (["finetune"], "finetune: give the folder of a run"),
         (["finetune", "nowhere"], "nowhere/config.yaml: no such file"),

@@ -396,7 +396,7 @@ def test_hydras_own_flags_work(tmp_path, capfd, monkeypatch):
             ["run", "nowhere.py"],
             "expected one of solo-learn's scripts, got 'nowhere.py'",
         ),
-        (["demo", "now"], "takes no arguments, got 'now'"),
+        (["demo", "now"], "demo: unrecognized arguments: now"),
         (["train"], "unknown command 'train'"),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
@@ -410,7 +410,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(
     assert message in error and "Traceback" not in error
     first, *rest = error.strip().splitlines()
     assert first.startswith("grap-solo: ") and message in first
-    assert not rest or arguments == ["train"]
+    assert not rest
     assert list(tmp_path.iterdir()) == []
 
 

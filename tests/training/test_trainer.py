@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from grap_solo import ConfigError, balance, build_weighting
-from grap_solo.experiments.bench import count_operators, random_batch
+from grap_solo.experiments.counting import count_operators
+from grap_solo.experiments.timing import random_batch
 from grap_solo.methods import GrapAll4One
 from grap_solo.methods.modules import frozen_statistics
 from grap_solo.training.config import prepare

@@ -1,0 +1,328 @@
+"""What the command line takes: one parser, with the flags, help and example of each command.
+
+Nothing slow is imported here, so that help and refusals answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.records.files import CONFIG_FILE
+
+# What flags accept. The modules that use these names take seconds to import; a test compares both.
+SAMPLER_NAMES = ("tpe", "random")
+PRUNER_NAMES = ("none", "median")
+PRECISION_NAMES = ("32-true", "bf16-mixed")
+CONTENDER_NAMES = ("fixed", "grap", "grap_compiled", "k_backwards", "torchjd", "solo_learn")
+BENCH_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar10"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of one command. Its errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parses a command's arguments. Hydra's overrides may stand anywhere among them.
+
+        Raises:
+            ConfigError: an argument that the command does not take.
+        """
+        if self.get_default("verbatim"):
+            return self.parse_args(list(arguments))
+        overrides = [each for each in arguments if _is_override(each)]
+        rest = [each for each in arguments if not _is_override(each)]
+        takes_overrides = self.get_default("overrides") is not None
+        given = self.parse_intermixed_args(rest if takes_overrides else list(arguments))
+        given.overrides, given.flags = overrides, rest
+        return given
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog.removeprefix('grap-solo ')}: {message}")
+
+
+def _is_override(argument: str) -> bool:
+    """Whether an argument is one of hydra's overrides: ``key=value`` or ``~key``."""
+    if argument.startswith("-") or Path(argument).is_dir():
+        return False
+    return "=" in argument or argument.startswith("~")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Makes the parser of the whole command line, and those of its commands, by name."""
+    parser = Parser(
+        prog="grap-solo",
+        description="Trains composite self-supervised methods and learns the weights of their "
+        "terms.",
+        epilog="grap-solo COMMAND --help explains a command.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+
+    def add(
+        name: str,
+        text: str,
+        example: str,
+        overrides: str = "",
+        **options: Any,
+    ) -> Parser:
+        usage = options.pop("usage", None)
+        command: Parser = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=(f"key=value: {overrides}\n\n" if overrides else "") + f"example: {example}",
+            usage=None if usage is None else f"grap-solo {name} {usage}",
+        )
+        command.set_defaults(overrides=[] if overrides else None, **options)
+        return command
+
+    _add_pretrain(
+        add(
+            "pretrain",
+            "train one configuration, or several with hydra's --multirun",
+            "grap-solo pretrain --config-path configs/digits --config-name grap max_epochs=5",
+            "changes a key of the configuration, as hydra's overrides do",
+            usage="--config-path DIR --config-name NAME [hydra's flags] [key=value ...]",
+        )
+    )
+
+    changes = "changes a key of the run's configuration, such as max_epochs=100"
+    retrain = add(
+        "retrain",
+        "train from scratch with the median weights that runs have found",
+        "grap-solo retrain runs/grap-seed5 runs/grap-seed6 --epochs 5 19",
+        changes,
+        usage="RUN_DIR ... [--epochs FIRST LAST | --mean-last STEPS] [key=value ...]",
+    )
+    retrain.add_argument(
+        "runs", nargs="*", type=_run_folder, metavar="RUN_DIR",
+        help="a run's folder; several runs' steps are pooled, and the first one's configuration "
+        "is trained",
+    )  # fmt: skip
+    retrain.add_argument(
+        "--epochs", nargs=2, type=int, metavar=("FIRST", "LAST"),
+        help="take the median over these epochs alone, both included",
+    )  # fmt: skip
+    retrain.add_argument(
+        "--mean-last", type=_at_least(1), metavar="STEPS",
+        help="take the mean over the last STEPS steps instead of a median",
+    )  # fmt: skip
+
+    finetune = add(
+        "finetune",
+        "train a run's backbone further with the labels, end to end",
+        "grap-solo finetune runs/grap-seed5 max_epochs=20",
+        changes,
+        usage="RUN_DIR [key=value ...]",
+    )
+    finetune.add_argument(
+        "runs", nargs="*", type=_run_folder, metavar="RUN_DIR", help="the run's folder"
+    )
+
+    compare = add(
+        "compare",
+        "train methods x seeds and write one table with its pictures; started again, it resumes",
+        "grap-solo compare --config-path configs/digits --config-name grap "
+        "'methods=[fixed,grap]' 'seeds=[5,6]'",
+        "methods=[...] and seeds=[...] say what to train, processes=N how many runs at a time;\n"
+        "           any other key changes the configuration of all runs",
+        usage="--config-path DIR --config-name NAME [methods=[...]] [seeds=[...]] [processes=N] "
+        "[key=value ...]",
+    )
+    _add_config_flags(compare)
+
+    search = add(
+        "search",
+        "search the weights by one training for each trial, beside GraP; started again, it resumes",
+        "grap-solo search runs/search --config-path configs/digits --config-name grap --trials 16",
+        "changes a key of the configuration of all runs",
+        usage="DIRECTORY --config-path DIR --config-name NAME [--trials N] "
+        "[--sampler tpe|random]\n           [--pruner none|median] [--seed N] [key=value ...]",
+    )
+    search.add_argument(
+        "directory", type=Path, metavar="DIRECTORY", help="the folder for the study and its runs"
+    )
+    _add_config_flags(search)
+    search.add_argument(
+        "--trials", type=_at_least(1), default=16, metavar="N",
+        help="the number of trials, earlier ones in the folder included (default: 16)",
+    )  # fmt: skip
+    search.add_argument(
+        "--sampler", choices=SAMPLER_NAMES, default="tpe",
+        help="tpe learns from earlier trials, random does not (default: tpe)",
+    )  # fmt: skip
+    search.add_argument(
+        "--pruner", choices=PRUNER_NAMES, default="none",
+        help="median stops a trial that falls below the median of the earlier ones "
+        "(default: none)",
+    )  # fmt: skip
+    search.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="N",
+        help="the sampler's seed; all runs train with the configuration's own (default: 0)",
+    )  # fmt: skip
+
+    report = add(
+        "report",
+        "draw the pictures of runs and comparisons and write one HTML page",
+        "grap-solo report runs/grap-seed5 runs/table3-digits --output runs/report",
+    )
+    report.add_argument(
+        "folders", nargs="+", type=_folder_of_runs, metavar="FOLDER",
+        help="a run's folder, or one that holds runs, such as a comparison's",
+    )  # fmt: skip
+    report.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="the folder to write to (default: report in the first FOLDER)",
+    )  # fmt: skip
+
+    _add_bench(
+        add(
+            "bench",
+            "time a training step of GraP against plain training and others",
+            "grap-solo bench step --batch 64 --rounds 12 --only fixed grap",
+        )
+    )
+    add(
+        "demo",
+        "train default, grap and grap_tuned on scikit-learn's digits, into runs/demo",
+        "grap-solo demo",
+    )
+    script = add(
+        "run",
+        "run one of solo-learn's scripts with the grap_* methods among its own",
+        "grap-solo run main_pretrain.py --config-path scripts/pretrain/cifar --config-name NAME",
+        verbatim=True,
+    )
+    script.add_argument("script", nargs="?", type=Path, metavar="SCRIPT", help="the script's file")
+    script.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="the script's own arguments, passed on as given"
+    )
+    return parser, dict(commands.choices)
+
+
+def _add_config_flags(parser: Parser, required: bool = True) -> None:
+    parser.add_argument(
+        "--config-path", "-cp", type=Path, required=required, metavar="DIR",
+        help="the folder of the configuration file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config-name", "-cn", required=required, metavar="NAME",
+        help="the file's name, with or without .yaml",
+    )  # fmt: skip
+
+
+def _add_pretrain(parser: Parser) -> None:
+    """Adds hydra's flags, which hydra then parses again."""
+    _add_config_flags(parser, required=False)
+
+    def flag(*names: str, text: str, **options: Any) -> None:
+        parser.add_argument(*names, help=text, **options)
+
+    flag("--config-dir", "-cd", type=Path, metavar="DIR", text="also look for files in this folder")
+    flag("--multirun", "-m", action="store_true", text="train once for each combination of values")
+    flag("--run", "-r", action="store_true", text="train once (the default)")
+    flag(
+        "--cfg", "-c", choices=("job", "hydra", "all"),
+        text="print the configuration instead of training",
+    )  # fmt: skip
+    flag("--resolve", action="store_true", text="resolve the interpolations that --cfg prints")
+    flag("--package", "-p", metavar="KEY", text="print this part of the configuration with --cfg")
+    flag(
+        "--info", "-i", nargs="?", const="all",
+        choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+        text="print what hydra knows instead of training",
+    )  # fmt: skip
+    flag("--hydra-help", action="store_true", text="print hydra's own help")
+    flag("--version", action="store_true", text="print hydra's version")
+    flag("--shell-completion", "-sc", action="store_true", text="install hydra's shell completion")
+    flag("--experimental-rerun", metavar="FILE", text="train again from a job that hydra pickled")
+
+
+def _add_bench(parser: Parser) -> None:
+    parser.add_argument(
+        "what", choices=("step", "terms"),
+        help="step: a step of one method by several contenders; terms: how a step grows with the "
+        "number of terms",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", type=_at_least(1), default=64, metavar="N",
+        help="the images of a step, two views each (default: 64)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=_at_least(1), default=7, metavar="N",
+        help="how often each contender is timed (default: 7)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--accelerator", choices=("cpu", "gpu"), default="cpu",
+        help="step: where to train (default: cpu)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=PRECISION_NAMES, default="32-true",
+        help="step: Lightning's precision (default: 32-true)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", type=_bench_method, metavar="NAME",
+        help="step: the method to time, without grap_ (default: the first one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", type=_contender, metavar="NAME",
+        help=f"step: the contenders to time, of {', '.join(CONTENDER_NAMES)} (default: all "
+        "installed ones but grap_compiled, which needs a C++ compiler)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the measurements to this file"
+    )
+
+
+# ---- values of arguments --------------------------------------------------------------------
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """Makes the type of a whole number that has a lower bound."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of {least} or more, got '{text}'"
+            )
+        return int(text)
+
+    return parse
+
+
+def _run_folder(text: str) -> Path:
+    file = Path(text) / CONFIG_FILE
+    if not file.is_file():
+        raise argparse.ArgumentTypeError(
+            f"{file}: no such file: give the folder of a run that has been trained"
+        )
+    return Path(text)
+
+
+def _folder_of_runs(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text}: no such folder: give that of a run, or one that holds runs"
+        )
+    return Path(text)
+
+
+def _contender(text: str) -> str:
+    if text not in CONTENDER_NAMES:
+        raise argparse.ArgumentTypeError(str(unknown_name("contender", text, CONTENDER_NAMES)))
+    return text
+
+
+def _bench_method(text: str) -> str:
+    # bench reads this folder: each method has a file there, and a grap_ variant of it.
+    files = [file.stem for file in BENCH_CONFIGS.glob("*.yaml")]
+    names = [name for name in files if not name.startswith("grap")]
+    if names and text not in names:
+        raise argparse.ArgumentTypeError(str(unknown_name("method", text, names)))
+    return text

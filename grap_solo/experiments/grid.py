@@ -1,0 +1,165 @@
+"""Plans the runs of a comparison, and reads the file that describes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.methods import weighted_name
+from grap_solo.training.config import run_dir
+from grap_solo.training.run import prepare_one_of_many
+from grap_solo.weighting import WEIGHTINGS
+
+CHILDREN = ("_tuned", "_finetuned")
+"""Suffixes of methods that start from another method's run."""
+GRID_KEYS = ("methods", "seeds", "processes", "definitions")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison.
+
+    Attributes:
+        method: the method's name in the table.
+        seed: the run's seed.
+        cfg: the run's configuration, still without the weights or backbone of its parent.
+        parent: the folder of the run that it starts from; None if it starts from scratch.
+    """
+
+    method: str
+    seed: int
+    cfg: DictConfig
+    parent: Path | None
+
+    @property
+    def directory(self) -> Path:
+        return run_dir(self.cfg)
+
+
+def plan(
+    cfg: DictConfig, methods: Sequence[str], seeds: Sequence[int], definitions: Mapping[str, Any]
+) -> list[Cell]:
+    """Plans every run of a comparison, parents before their children.
+
+    A parent is planned even if only its child was asked for.
+
+    Raises:
+        ConfigError: an unknown method, no methods or seeds, or a configuration that cannot be used.
+    """
+    for key, values in (("methods", methods), ("seeds", seeds)):
+        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+            raise ConfigError(f"{key}: expected a list such as [a,b], got {values!r}")
+    for seed in seeds:
+        if type(seed) is not int or seed < 0:
+            raise ConfigError(f"seeds: expected whole numbers of 0 or more, got {seed!r}")
+    if not isinstance(definitions, Mapping):
+        raise ConfigError(f"definitions: expected a block for each name, got {definitions!r}")
+    for name in definitions:
+        if "/" in str(name):
+            raise ConfigError(f"definitions: '{name}' becomes part of a file's name: leave out '/'")
+    wanted: dict[str, None] = {}
+    for method in methods:
+        root, _ = _root(str(method), definitions)
+        wanted.update({root: None, str(method): None})
+    ordered = sorted(wanted, key=lambda name: _root(name, definitions)[1] is not None)
+    cells = []
+    for method in ordered:
+        root, suffix = _root(method, definitions)
+        for seed in dict.fromkeys(seeds):
+            mine = _configuration(cfg, root, seed, definitions)
+            parent = None
+            if suffix is not None:
+                parent = run_dir(mine)
+                if isinstance(mine.get("method"), str):  # A definition may give the plain name.
+                    mine.method = weighted_name(mine.method)
+                mine.weighting = {"name": "fixed"}
+                if suffix == "_finetuned":
+                    mine.weighting = {"name": "supervised"}
+                    OmegaConf.update(mine, "labels.split", "train", force_add=True)
+            mine.name = f"{method}-seed{seed}"
+            prepare_one_of_many(mine, "a comparison")
+            cells.append(Cell(method, seed, mine, parent))
+    return cells
+
+
+def _root(method: str, definitions: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Splits a name into the method that trains from scratch and a suffix of :data:`CHILDREN`; the
+    suffix is None where there is none."""
+    if method in definitions or method in WEIGHTINGS:
+        return method, None
+    for suffix in CHILDREN:
+        root = method.removesuffix(suffix)
+        if root == "supervised":
+            continue  # Its weights are all 0, and its backbone was trained with the labels.
+        if root != method and (root in definitions or root in WEIGHTINGS):
+            return root, suffix
+    names = {*definitions, *WEIGHTINGS}
+    children = {f"{name}{suffix}" for name in names - {"supervised"} for suffix in CHILDREN}
+    raise unknown_name("methods", method, names | children)
+
+
+def _configuration(
+    cfg: DictConfig, root: str, seed: int, definitions: Mapping[str, Any]
+) -> DictConfig:
+    """Makes a method's configuration: the common one, with the keys in which the method differs."""
+    mine: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    mine.pop("weighting", None)
+    if isinstance(mine.get("method"), str):
+        mine.method = weighted_name(mine.method)
+    differs = definitions.get(root, {"weighting": {"name": root}})
+    try:
+        mine = OmegaConf.merge(mine, OmegaConf.create(differs))
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"definitions.{root}: expected keys of a configuration, got {differs}"
+        ) from None
+    mine.seed, mine.name = seed, f"{root}-seed{seed}"
+    runs = Path(OmegaConf.select(cfg, "checkpoint.dir", default="runs"))
+    OmegaConf.update(mine, "checkpoint.dir", str(runs / str(cfg.name)), force_add=True)
+    mine.enable_progress_bar = False
+    return mine
+
+
+def read_grid(
+    file: Path, overrides: Sequence[str], load: Callable[[Path, Sequence[str]], DictConfig]
+) -> tuple[DictConfig, dict[str, Any]]:
+    """Reads the common configuration and the grid's keys from a grid's file or any other.
+
+    A grid's file names a ``base``, which is a configuration file relative to it, and may have
+    ``overrides`` of the base, ``name``, ``methods``, ``seeds``, ``processes`` and ``definitions``:
+    see :func:`~grap_solo.experiments.compare.compare`. For any other configuration file, these keys
+    come from the command line.
+
+    Args:
+        file: the grid's file or a configuration file.
+        overrides: the command line's: grid keys, or hydra's overrides of the base.
+        load: composes a configuration file with overrides.
+
+    Raises:
+        ConfigError: unknown keys in the grid's file, or a base that does not exist.
+    """
+    given = [each for each in overrides if each.lstrip("+").partition("=")[0] in GRID_KEYS]
+    others = [each for each in overrides if each not in given]
+    grid: Any = OmegaConf.load(file)
+    if "base" not in grid:
+        grid, cfg = OmegaConf.create({}), load(file, others)
+    else:
+        valid = {"base", "overrides", "name", *GRID_KEYS}
+        for key in grid:
+            if key not in valid:
+                raise unknown_name(str(file), key, valid)
+        if not OmegaConf.is_list(grid.get("overrides", OmegaConf.create([]))):
+            raise ConfigError(f"{file}: overrides: expected a list, got {grid.overrides!r}")
+        base = file.parent / str(grid.base)
+        if not base.is_file():
+            raise ConfigError(f"{file}: base: no such file {base}")
+        named = [f"name={grid.name}"] if "name" in grid else []
+        cfg = load(base, [*named, *grid.get("overrides", []), *others])
+    keys = OmegaConf.merge(grid, OmegaConf.from_dotlist([each.lstrip("+") for each in given]))
+    container: Any = OmegaConf.to_container(keys, resolve=True)
+    return cfg, {key: container[key] for key in GRID_KEYS if container.get(key) is not None}

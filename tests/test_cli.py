@@ -1,0 +1,208 @@
+"""Help and refusals of the command line: at once, in one line, and without a slow import."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import DIGITS, ROOT
+
+from grap_solo import arguments
+from grap_solo.arguments import build_parser
+from grap_solo.cli import COMMANDS, main
+
+SLOW = ["torch", "lightning", "matplotlib", "hydra", "omegaconf", "pandas", "numpy"]
+CONFIG = ["--config-path", str(DIGITS), "--config-name", "grap"]
+HELPS = [["--help"], *([name, "--help"] for name in COMMANDS)]
+REFUSED = {
+    "no such command": (["pretrian"], "unknown command 'pretrian': did you mean 'pretrain'"),
+    "no such flag": (["--quick"], "unknown flag '--quick'"),
+    "no arguments": (["demo", "now"], "demo: unrecognized arguments: now"),
+    "pretrain's flag": (["pretrain", *CONFIG, "--quick"], "pretrain: unrecognized arguments: --q"),
+    "pretrain's folder": (
+        ["pretrain", "--config-path=nowhere", "--config-name=grap", "max_epochs=1"],
+        "--config-path: no such folder 'nowhere'",
+    ),
+    "pretrain's further folder": (
+        ["pretrain", *CONFIG, "--config-dir", "nowhere"], "--config-dir: no such folder 'nowhere'",
+    ),
+    "pretrain's file": (
+        ["pretrain", f"--config-path={DIGITS}", "--config-name=grab"], "name: no such file",
+    ),
+    "retrain's folder": (["retrain", "nowhere"], "nowhere/config.yaml: no such file"),
+    "retrain without a folder": (["retrain", "max_epochs=1"], "give the folder of a run"),
+    "retrain's value": (
+        ["retrain", "--mean-last", "0"], "--mean-last: expected a whole number of 1 or more",
+    ),
+    "finetune's folder": (["finetune", "nowhere"], "nowhere/config.yaml: no such file"),
+    "compare's file": (
+        ["compare", "--config-path", str(DIGITS), "--config-name", "grab"], "no such file",
+    ),
+    "compare's flag": (["compare", *CONFIG, "--seeds", "1"], "unrecognized arguments: --seeds"),
+    "search's folder": (["search", "--trials", "2", *CONFIG], "arguments are required: DIRECTORY"),
+    "search's sampler": (
+        ["search", "runs", *CONFIG, "--sampler", "grid"], "--sampler: invalid choice: 'grid'",
+    ),
+    "search's trials": (
+        ["search", "runs", *CONFIG, "--trials", "few"],
+        "--trials: expected a whole number of 1 or more, got 'few'",
+    ),
+    "report's folder": (["report", "nowhere"], "nowhere: no such folder"),
+    "bench's kind": (["bench", "epoch"], "invalid choice: 'epoch'"),
+    "bench's method": (
+        ["bench", "step", "--method", "vicre"], "--method: method: unknown name 'vicre': did you",
+    ),
+    "bench's contender": (
+        ["bench", "step", "--only", "gra"], "--only: contender: unknown name 'gra': did you mean",
+    ),
+    "run's script": (["run", "nowhere.py"], "expected one of solo-learn's scripts"),
+}  # fmt: skip
+
+# Runs every command line in one process, and says after each what it has printed and imported.
+ANSWERS = """
+import contextlib, io, json, sys
+from grap_solo.cli import main
+
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            code = main(arguments)
+    slow = [name for name in json.loads(sys.argv[2]) if name in sys.modules]
+    answers.append([code, out.getvalue(), errors.getvalue(), slow])
+print(json.dumps(answers))
+"""
+
+
+def python(code, *arguments, cwd=None):
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", code, *arguments],
+        capture_output=True, text=True, cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What each command line is answered with, in an empty folder that stays empty."""
+    folder = tmp_path_factory.mktemp("empty")
+    lines = [*HELPS, *(line for line, _ in REFUSED.values())]
+    found = json.loads(python(ANSWERS, json.dumps(lines), json.dumps(SLOW), cwd=folder))
+    assert list(folder.iterdir()) == []
+    return {" ".join(line): answer for line, answer in zip(lines, found)}
+
+
+@pytest.mark.parametrize("line", HELPS, ids=" ".join)
+def test_help_explains_a_command_and_imports_nothing_slow(line, answers):
+    code, out, errors, slow = answers[" ".join(line)]
+    assert (code, errors, slow) == (0, "", [])
+    command = line[0] if len(line) > 1 else ""
+    assert out.startswith(f"usage: grap-solo {command}".rstrip())
+    assert not command or f"example: grap-solo {command}" in out
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_is_one_line_and_imports_nothing_slow(case, answers):
+    line, message = REFUSED[case]
+    code, out, errors, slow = answers[" ".join(line)]
+    assert (code, out, slow) == (2, "", [])
+    assert message in errors and errors.startswith("grap-solo: ") and errors.count("\n") == 1
+
+
+def test_every_option_is_explained():
+    _, commands = build_parser()
+    assert list(commands) == list(COMMANDS)
+    for name, parser in commands.items():
+        for action in parser._actions:
+            assert action.help, (name, action.dest)
+
+
+def test_nothing_given_is_the_help_and_exit_code_2(capsys):
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
+    assert main(["help"]) == 0
+
+
+def test_the_names_that_flags_accept_are_those_of_the_modules_behind_them():
+    from grap_solo.experiments import bench, search, timing
+    from grap_solo.methods import METHODS
+
+    assert tuple(search.SAMPLERS) == arguments.SAMPLER_NAMES
+    assert tuple(search.PRUNERS) == arguments.PRUNER_NAMES
+    assert tuple(timing.AUTOCAST) == arguments.PRECISION_NAMES
+    assert arguments.CONTENDER_NAMES == bench.CONTENDERS
+    for name in METHODS:
+        assert arguments._bench_method(name) == name
+
+
+def test_overrides_stand_anywhere_and_folders_may_have_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("lr=1", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.yaml").touch()
+    _, commands = build_parser()
+    line = ["max_epochs=2", "lr=1", "--epochs", "1", "3", "~scheduler", "b"]
+    given = commands["retrain"].parse(line)
+    assert [str(run) for run in given.runs] == ["lr=1", "b"] and given.epochs == [1, 3]
+    assert given.overrides == ["max_epochs=2", "~scheduler"]
+    given = commands["search"].parse(["seed=1", "-cp", "lr=1", "out", "-cn", "x", "+a.b=2"])
+    assert (str(given.directory), str(given.config_path)) == ("out", "lr=1")
+    assert given.overrides == ["seed=1", "+a.b=2"]
+
+
+def test_a_script_gets_its_own_flags_as_they_are():
+    _, commands = build_parser()
+    given = commands["run"].parse(["main.py", "--config-path", "a", "--help", "x=1", "-m"])
+    assert str(given.script) == "main.py"
+    assert given.arguments == ["--config-path", "a", "--help", "x=1", "-m"]
+
+
+def test_hydra_gets_folders_that_are_absolute_and_overrides_behind_the_flags(capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = [
+        "pretrain",
+        "max_epochs=7",
+        "-cp=configs/digits",
+        "seed=3",
+        "--config-name",
+        "grap.yaml",
+    ]
+    assert main([*line, "--cfg", "job", "name=x"]) == 0
+    out = capfd.readouterr().out
+    assert "max_epochs: 7" in out and "seed: 3" in out and "name: x" in out
+
+
+ORDERS = [
+    "from grap_solo import balance",
+    "import grap_solo.balance; from grap_solo import balance",
+    "from grap_solo import balance; import grap_solo.balance",
+    "import grap_solo.methods; from grap_solo import balance",
+    "from grap_solo import *",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_balance_is_the_function_whichever_import_comes_first(order):
+    python(
+        f"{order}\nimport grap_solo, sys, types\n"
+        "assert isinstance(balance, types.FunctionType) and grap_solo.balance is balance\n"
+        "assert isinstance(sys.modules['grap_solo.balance'], types.ModuleType)\n"
+    )
+
+
+def test_the_package_lists_its_names_and_imports_them_on_first_use():
+    python(
+        "import sys, grap_solo\n"
+        "assert {*grap_solo.__all__} <= {*dir(grap_solo)}\n"
+        "assert not hasattr(grap_solo, 'nothing') and 'torch' not in sys.modules\n"
+        "for name in grap_solo.__all__:\n"
+        "    assert getattr(grap_solo, name).__module__.startswith('grap_solo.')\n"
+    )
+
+
+def test_a_comparison_does_without_the_benchmarks_contenders():
+    python(
+        "import sys, grap_solo.experiments.compare\n"
+        "assert 'grap_solo.experiments.bench' not in sys.modules\n"
+    )
