@@ -1,13 +1,19 @@
-"""What several test files share: small configurations, and a method over either base."""
+"""Shared by several test files: small configurations, runs' files, processes that are started, and
+a method over either base."""
 
+import csv
 import importlib
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 import grap_solo
+from grap_solo.cli import main
 from grap_solo.compose import compose
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +40,55 @@ def method_digits(name, directory, *overrides):
     file = "grap_vicreg" if name == OWN else "grap" if name == "all4one" else f"grap_{name}"
     own = [f"method={OWN}"] if name == OWN else []
     return digits(directory, *QUIET, "name=run", *own, *overrides, file=file)
+
+
+def rows_of(file):
+    """A CSV file's rows, each a dictionary by column."""
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+class Killed(Exception):
+    """Stands for the end of a process that gets no warning."""
+
+
+def killed_at(hook, epoch):
+    """A callback that raises :class:`Killed` at one of Lightning's hooks, in one epoch."""
+
+    def stop(self, trainer, *args):
+        if trainer.current_epoch == epoch and not trainer.sanity_checking:
+            raise Killed
+
+    return type("Stop", (Callback,), {hook: stop})()
+
+
+# A server imports the package once, and each process is a fork of it: that saves ten seconds each.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["grap_solo.training.run", "helpers"])
+
+
+def start_command(output, *arguments):
+    """Starts ``grap-solo`` in a process, and a process group, of its own.
+
+    Args:
+        output: the file that gets what it prints.
+        arguments: of the command line.
+
+    Returns:
+        A ``multiprocessing.Process`` with one thread for torch.
+    """
+    process = SERVER.Process(target=_run_command, args=(output, list(map(str, arguments))))
+    process.start()
+    return process
+
+
+def _run_command(output, arguments):
+    os.setsid()
+    torch.set_num_threads(1)
+    with open(output, "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.exit(main(arguments))
 
 
 def decided_modules():
