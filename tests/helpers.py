@@ -5,10 +5,12 @@ import csv
 import importlib
 import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
@@ -64,31 +66,79 @@ def killed_at(hook, epoch):
 
 # A server imports the package once, and each process is a fork of it: that saves ten seconds each.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["grap_solo.training.run", "helpers"])
+SERVER.set_forkserver_preload(["grap_solo.training.run", "grap_solo.data", "helpers"])
 
 
-def start_command(output, *arguments):
-    """Starts ``grap-solo`` in a process, and a process group, of its own.
+def start_process(output, function, *arguments, cwd=None):
+    """Calls a module's function in a process, and a process group, of its own.
 
     Args:
         output: the file that gets what it prints.
-        arguments: of the command line.
+        function: what it returns is the exit code.
+        arguments: of the function.
+        cwd: the folder to start in.
 
     Returns:
-        A ``multiprocessing.Process`` with one thread for torch.
+        A ``multiprocessing.Process``, with one thread for torch.
     """
-    process = SERVER.Process(target=_run_command, args=(output, list(map(str, arguments))))
+    process = SERVER.Process(target=_call, args=(output, cwd or os.getcwd(), function, arguments))
     process.start()
     return process
 
 
-def _run_command(output, arguments):
+def _call(output, cwd, function, arguments):
     os.setsid()
+    os.chdir(cwd)
     torch.set_num_threads(1)
     with open(output, "w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    sys.exit(main(arguments))
+    sys.exit(function(*arguments))
+
+
+def start_command(output, *arguments, cwd=None):
+    """Starts ``grap-solo`` with these arguments, as :func:`start_process` does."""
+    return start_process(output, main, list(map(str, arguments)), cwd=cwd)
+
+
+def output_of(process, output, code=0):
+    """What a process has printed by its end; fails if it ends with another exit code."""
+    process.join()
+    text = output.read_text()
+    assert process.exitcode == code, text[-3000:]
+    return text
+
+
+def in_two_processes(function, *arguments):
+    """Calls a module's function in two processes with the environment that torchrun gives them.
+
+    Raises:
+        torch.multiprocessing.ProcessExitedException: one has ended with another exit code than 0.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = port, function, arguments
+    torch.multiprocessing.start_processes(_call_rank, given, nprocs=2, start_method="forkserver")
+
+
+def _call_rank(rank, port, function, arguments):
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="none",
+    )  # fmt: skip
+    function(*arguments)
+
+
+def same_in_both(tensors):
+    """Whether both processes have the same tensors, to the bit."""
+    same = []
+    for value in tensors:
+        parts = [torch.empty_like(value) for _ in range(2)]
+        torch.distributed.all_gather(parts, value.detach().contiguous())
+        same.append(torch.equal(*parts))
+    return bool(same) and all(same)
 
 
 def decided_modules():
