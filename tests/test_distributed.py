@@ -259,6 +259,7 @@ def test_all4one_trains_for_two_epochs_in_two_processes(trained):
     assert len(rows) == len(steps) and {row["skipped"] for row in rows} == {""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exit", "terminate"])
 def test_two_processes_that_were_stopped_go_on_to_the_same_end(how, trained, tmp_path):
     """They die, or torchrun gets SIGTERM: they end after the same step, none waits for ever."""

@@ -199,7 +199,7 @@ def test_a_layer_with_statistics_of_its_own_kind_is_left_alone():
     layer = torch.nn.Linear(2, 2)
     layer.register_buffer("running_mean", torch.zeros(2))
     with frozen_statistics(layer):
-        assert layer.running_mean.sum() == 0
+        assert not hasattr(layer, "momentum")
 
 
 class Momentum(CompositeMethod, BaseMomentumMethod):
@@ -502,9 +502,10 @@ def test_outside_their_files_no_module_names_a_method():
     package = ROOT / "grap_solo"
     words = re.compile("|".join([*METHODS, "nnclr", "byol", "barlow", "vicreg"]), re.IGNORECASE)
     own = {package / "methods", package / "solo", package / "experiments" / "demo.py"}
-    for file in package.rglob("*.py"):
-        if not own & {file, *file.parents}:
-            assert not words.search(file.read_text()), file
+    others = [file for file in package.rglob("*.py") if not own & {file, *file.parents}]
+    assert len(others) > 20
+    for file in others:
+        assert not words.search(file.read_text()), file
     for file in ("composite.py", "probed.py"):
         assert not words.search((package / "methods" / file).read_text()), file
 

@@ -246,6 +246,7 @@ def test_the_last_epoch_is_saved_whatever_the_frequency(tmp_path):
     assert torch.equal(saved["projector.0.weight"], run.model.projector[0].weight)
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_the_command_line(tmp_path):
     """Lightning starts the second process with the first one's own command."""
     done = command(
@@ -307,6 +308,7 @@ def command(*arguments, cwd=None):
     )
 
 
+@pytest.mark.slow
 def test_pretrain_and_retrain_from_the_command_line(tmp_path):
     output = tmp_path.with_name("output")
     first = ["--config-path", DIGITS, "--config-name", "grap.yaml", "name=first", *SMALL]
@@ -433,7 +435,7 @@ def test_a_run_that_is_there_is_not_written_over(grap, capfd):
     assert before == {path: path.stat().st_mtime_ns for path in grap.directory.rglob("*")}
 
 
-def test_damaged_records_are_named(grap, tmp_path):
+def test_damaged_records_are_named(tmp_path):
     file = tmp_path / "weights.csv"
     for text, message in (
         ("step,epoch,a\n1,0,0.5\n2,0", "cut short"),
