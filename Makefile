@@ -1,5 +1,5 @@
 # make demo   train default, grap and grap_tuned on scikit-learn's digits
-# make test   run the test suite
+# make test   run the test suite; the quick part: make test PYTEST_ARGS='-m "not slow"'
 # make check  format, lint, types and the import contract
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/grap-solo demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

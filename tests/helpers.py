@@ -1,13 +1,21 @@
-"""What several test files share: small configurations, and a method over either base."""
+"""Shared by several test files: small configurations, runs' files, processes that are started, and
+a method over either base."""
 
+import csv
 import importlib
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
+from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 import grap_solo
+from grap_solo.cli import main
 from grap_solo.compose import compose
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +42,103 @@ def method_digits(name, directory, *overrides):
     file = "grap_vicreg" if name == OWN else "grap" if name == "all4one" else f"grap_{name}"
     own = [f"method={OWN}"] if name == OWN else []
     return digits(directory, *QUIET, "name=run", *own, *overrides, file=file)
+
+
+def rows_of(file):
+    """A CSV file's rows, each a dictionary by column."""
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+class Killed(Exception):
+    """Stands for the end of a process that gets no warning."""
+
+
+def killed_at(hook, epoch):
+    """A callback that raises :class:`Killed` at one of Lightning's hooks, in one epoch."""
+
+    def stop(self, trainer, *args):
+        if trainer.current_epoch == epoch and not trainer.sanity_checking:
+            raise Killed
+
+    return type("Stop", (Callback,), {hook: stop})()
+
+
+# A server imports the package once, and each process is a fork of it: that saves ten seconds each.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["grap_solo.training.run", "grap_solo.data", "helpers"])
+
+
+def start_process(output, function, *arguments, cwd=None):
+    """Calls a module's function in a process, and a process group, of its own.
+
+    Args:
+        output: the file that gets what it prints.
+        function: what it returns is the exit code.
+        arguments: of the function.
+        cwd: the folder to start in.
+
+    Returns:
+        A ``multiprocessing.Process``, with one thread for torch.
+    """
+    process = SERVER.Process(target=_call, args=(output, cwd or os.getcwd(), function, arguments))
+    process.start()
+    return process
+
+
+def _call(output, cwd, function, arguments):
+    os.setsid()
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    with open(output, "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.exit(function(*arguments))
+
+
+def start_command(output, *arguments, cwd=None):
+    """Starts ``grap-solo`` with these arguments, as :func:`start_process` does."""
+    return start_process(output, main, list(map(str, arguments)), cwd=cwd)
+
+
+def output_of(process, output, code=0):
+    """What a process has printed by its end; fails if it ends with another exit code."""
+    process.join()
+    text = output.read_text()
+    assert process.exitcode == code, text[-3000:]
+    return text
+
+
+def in_two_processes(function, *arguments):
+    """Calls a module's function in two processes with the environment that torchrun gives them.
+
+    Raises:
+        torch.multiprocessing.ProcessExitedException: one has ended with another exit code than 0.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = port, function, arguments
+    torch.multiprocessing.start_processes(_call_rank, given, nprocs=2, start_method="forkserver")
+
+
+def _call_rank(rank, port, function, arguments):
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="none",
+    )  # fmt: skip
+    function(*arguments)
+
+
+def same_in_both(tensors):
+    """Whether both processes have the same tensors, to the bit."""
+    same = []
+    for value in tensors:
+        parts = [torch.empty_like(value) for _ in range(2)]
+        torch.distributed.all_gather(parts, value.detach().contiguous())
+        same.append(torch.equal(*parts))
+    return bool(same) and all(same)
 
 
 def decided_modules():

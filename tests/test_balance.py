@@ -7,8 +7,6 @@ from torch import nn
 
 from grap_solo import ConfigError, Equal, Fixed, GraP, SharedHead, balance
 
-torch.set_default_dtype(torch.float32)
-
 
 class Net(nn.Module):
     """A small backbone, K heads of different shapes, a probe, and a batch for it."""

@@ -1,22 +1,28 @@
 """Two processes give the statistics, weights and gradients of one on the joined batch, and All4One
 trains in two."""
 
-import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import in_two_processes, quiet_digits, rows_of, same_in_both
+from torch.multiprocessing import ProcessExitedException
 from torch.nn import functional as F
 
 from grap_solo import balance, build_weighting
 from grap_solo.balance import HeldOut
+from grap_solo.data import evaluation_loader, load_images
+from grap_solo.data.sampling import ShareSampler
+from grap_solo.methods import GrapAll4One
+from grap_solo.training.run import pretrain
 
 RULES = {
     "grap": {"name": "grap", "scale": "unit"},
@@ -79,9 +85,9 @@ def steps(part, rule, count=4):
     return torch.stack(weights), torch.cat([backbone.weight.grad.T, head.weight.grad], dim=0)
 
 
-def process(rank, path, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def process(path):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found = {}
     for rule in RULES:
         weights, gradient = steps(slice(4 * rank, 4 * rank + 4), rule)
@@ -127,7 +133,7 @@ def traffic(rank):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(process, (str(path), 29500 + os.getpid() % 1000), nprocs=2)
+    in_two_processes(process, str(path))
     return [torch.load(path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -157,81 +163,81 @@ def test_what_is_not_finite_in_one_process_is_known_to_both(both):
     assert both[0]["finite"] == both[1]["finite"] == expected
 
 
-SCRIPT = """
-import json, os, signal, sys, time
-import torch
-import torch.distributed as dist
-from hydra import compose, initialize_config_dir
-from grap_solo.data import evaluation_loader, load_images
-from grap_solo.data.sampling import ShareSampler
-from grap_solo.methods import GrapAll4One
-from grap_solo.training.run import pretrain
-
-configs, directory, *overrides = sys.argv[1:]
-with initialize_config_dir(configs, version_base="1.2"):
-    cfg = compose("grap", overrides)
-gathered, step = [], GrapAll4One.training_step
-
-def watched(self, batch, batch_idx):
-    if "STOP" in os.environ and self.current_epoch == 1:
-        if os.environ["STOP"] == "exit":
-            os._exit(9)
-        if batch_idx == 0 and dist.get_rank() == 0:
-            time.sleep(1)  # The other one waits for this one's share of its step.
-            os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which sends it to all.
-            time.sleep(1)
-    if dist.get_rank() == 1:
-        batch[2].fill_(-1)
-    before = int(self.queue_ptr)
-    loss = step(self, batch, batch_idx)
-    slots = (before + torch.arange(2 * len(batch[0]))) % len(self.queue)
-    gathered.append((self.queue_index[slots].tolist(), batch[0].tolist(),
-                     self.queue_y[slots].tolist(), batch[2].tolist()))
-    return loss
-
-GrapAll4One.training_step = watched
-ShareSampler.__init__ = lambda self, size: setattr(self, "size", size - 1)  # An odd number.
-run = pretrain(cfg)
-rank, model = dist.get_rank(), run.model
-same = []
-for value in [*model.parameters(), model.queue, model.queue_y, model.queue_ptr,
-              *model.weighting.state_dict().values()]:
-    parts = [torch.empty_like(value) for _ in range(2)]
-    dist.all_gather(parts, value.detach().contiguous())
-    same.append(torch.equal(*parts))
-hits = torch.zeros(2)
-with torch.no_grad():
-    for images, labels in evaluation_loader(run.cfg, load_images(run.cfg.data, train=False)):
-        found = model.classifier(model.backbone(images)).argmax(1)
-        hits += torch.tensor([(found == labels).sum(), len(labels)])
-share = hits[1].item()
-dist.all_reduce(hits)
-json.dump({"same": all(same), "gathered": gathered, "accuracy": run.accuracy, "share": share,
-           "expected": (100 * hits[0] / hits[1]).item()},
-          open(f"{directory}/{rank}.json", "w"))
-"""
+def configuration(directory):
+    overrides = ["devices=2", "+strategy=ddp", "optimizer.batch_size=31"]
+    return quiet_digits(directory, *overrides)
 
 
-def start_script(directory, **environment):
+def train(directory, stop=None):
+    """One process's part of a training. It writes what it has seen into ``directory/RANK.json``.
+
+    Args:
+        directory: of the run, and of that file.
+        stop: what ends it in the second epoch: ``exit``, as if each process had died, or
+            ``terminate``, a SIGTERM to torchrun.
+    """
+    gathered, step = [], GrapAll4One.training_step
+
+    def watched(self, batch, batch_idx):
+        if stop and self.current_epoch == 1:
+            if stop == "exit":
+                os._exit(9)
+            if batch_idx == 0 and dist.get_rank() == 0:
+                time.sleep(1)  # The other process waits for this one's share of its step.
+                os.kill(os.getppid(), signal.SIGTERM)  # torchrun, which sends it to all.
+                time.sleep(1)
+        if dist.get_rank() == 1:
+            batch[2].fill_(-1)
+        before = int(self.queue_ptr)
+        loss = step(self, batch, batch_idx)
+        slots = (before + torch.arange(2 * len(batch[0]))) % len(self.queue)
+        images = self.queue_index[slots].tolist(), batch[0].tolist()
+        labels = self.queue_y[slots].tolist(), batch[2].tolist()
+        gathered.append((*images, *labels))
+        return loss
+
+    def one_fewer(self, size):
+        self.size = size - 1
+
+    # Each process lives for this one training: what is changed need not be changed back.
+    GrapAll4One.training_step = watched
+    ShareSampler.__init__ = one_fewer  # An odd number of validation images.
+    run = pretrain(configuration(directory))
+    model, hits = run.model, torch.zeros(2)
+    tensors = [*model.parameters(), model.queue, model.queue_y, model.queue_ptr]
+    with torch.no_grad():
+        for images, labels in evaluation_loader(run.cfg, load_images(run.cfg.data, train=False)):
+            found = model.classifier(model.backbone(images)).argmax(1)
+            hits += torch.tensor([(found == labels).sum(), len(labels)])
+    share = hits[1].item()
+    dist.all_reduce(hits)
+    seen = {
+        "same": same_in_both([*tensors, *model.weighting.state_dict().values()]),
+        "gathered": gathered,
+        "accuracy": run.accuracy,
+        "share": share,
+        "expected": (100 * hits[0] / hits[1]).item(),
+    }
+    Path(directory, f"{dist.get_rank()}.json").write_text(json.dumps(seen))
+
+
+def train_by_torchrun(directory):
+    """The training that torchrun starts, and that ends by a SIGTERM to it."""
     script = directory / "script.py"
-    script.write_text(SCRIPT)
-    digits = Path(__file__).parents[1] / "configs" / "digits"
-    overrides = ["+data.fraction=0.2", "max_epochs=2", "scheduler.warmup_epochs=1", "devices=2"]
-    overrides += ["+strategy=ddp", "optimizer.batch_size=31", f"checkpoint.dir={directory}"]
-    overrides += ["+enable_progress_bar=false", "log_every_n_steps=1", "name=run"]
+    script.write_text("import sys, test_distributed; test_distributed.train(*sys.argv[1:])")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--master-port", str(30500 + os.getpid() % 1000), script, digits, directory, *overrides],
+         "--master-port", str(30500 + os.getpid() % 1000), script, directory, "terminate"],
         capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained")
-    done = start_script(directory)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    in_two_processes(train, str(directory))
     return directory
 
 
@@ -249,21 +255,28 @@ def test_all4one_trains_for_two_epochs_in_two_processes(trained):
     assert [rank["share"] for rank in ranks] == [270, 269]
     for rank in ranks:
         assert rank["accuracy"] == pytest.approx(rank["expected"], abs=1e-3)
-    rows = list(csv.DictReader((trained / "run" / "diagnostics.csv").open()))
+    rows = rows_of(trained / "run" / "diagnostics.csv")
     assert len(rows) == len(steps) and {row["skipped"] for row in rows} == {""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exit", "terminate"])
 def test_two_processes_that_were_stopped_go_on_to_the_same_end(how, trained, tmp_path):
     """They die, or torchrun gets SIGTERM: they end after the same step, none waits for ever."""
-    stopped = start_script(tmp_path, STOP=how)
-    assert stopped.returncode != 0 and not (tmp_path / "run" / "trained.json").exists()
     interrupted = tmp_path / "run" / "checkpoints" / "run-interrupted.ckpt"
-    if how == "terminate":
+    if how == "exit":
+        with pytest.raises(ProcessExitedException, match="exit code 9"):
+            in_two_processes(train, str(tmp_path), how)
+        assert not interrupted.exists()
+    else:
+        stopped = train_by_torchrun(tmp_path)
+        assert stopped.returncode != 0
         (steps,) = re.findall(r"^run: stopped after step (\d+): start it", stopped.stderr, re.M)
         assert torch.load(interrupted, weights_only=True)["global_step"] == int(steps) < 8
-    done = start_script(tmp_path)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert "going on after epoch 0" in done.stdout and not interrupted.exists()
+    assert not (tmp_path / "run" / "trained.json").exists()
+    in_two_processes(train, str(tmp_path))
+    # Resumed after the first epoch: of the second epoch's four steps none is missing, none is more.
+    assert len(json.loads((tmp_path / "0.json").read_text())["gathered"]) == 4
+    assert not interrupted.exists()
     for name in ("weights.csv", "diagnostics.csv", "metrics.csv", "median_weights.yaml"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / "run" / name).read_bytes()

@@ -28,6 +28,7 @@ def test_script_and_notebook_are_one_and_its_outputs_are_there(script):
     assert "/tmp/" not in text and "/home/" not in text and "/work/" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_the_notebook_runs(script, monkeypatch):
     monkeypatch.setenv("EPOCHS", "1")

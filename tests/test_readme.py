@@ -20,5 +20,7 @@ def test_the_plain_loop_runs_and_learns_weights(capsys):
 
 def test_every_file_it_names_is_there():
     root = Path(__file__).parents[1]
-    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+    paths = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert paths
+    for path in paths:
         assert (root / path).exists(), path

@@ -1,12 +1,10 @@
 """Every weighting and every variant of GraP trains on the digits and leaves the same files."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import QUIET, digits
+from helpers import QUIET, all4one_config, digits, image_batch, rows_of
 from omegaconf import OmegaConf
 
 from grap_solo import ConfigError
@@ -25,11 +23,6 @@ TERMS = ["nnclr", "attn_nnclr", "byol", "barlow"]
 
 def configuration(directory, *overrides, file="all4one"):
     return digits(directory, *QUIET, "method=grap_all4one", "name=run", *overrides, file=file)
-
-
-def diagnostics(run):
-    with (run.directory / "diagnostics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -108,7 +101,7 @@ def test_a_fraction_of_the_labels_is_balanced_fixed_by_seed_and_stored(tmp_path)
     run = pretrain(configuration(tmp_path, "+labels.fraction=0.5", file="grap"))
     stored = (run.directory / "labels.csv").read_text().split()
     assert stored[0] == "index" and len(stored) - 1 == 125  # Half of a fifth of the images.
-    assert all(row["skipped"] == "" for row in diagnostics(run))
+    assert all(row["skipped"] == "" for row in rows_of(run.directory / "diagnostics.csv"))
 
 
 def test_held_out_images_are_never_pretrained_on(tmp_path, monkeypatch):
@@ -124,6 +117,7 @@ def test_held_out_images_are_never_pretrained_on(tmp_path, monkeypatch):
         for name in seen:
             seen[name].append(batch[name][0])
         before = {k: v.clone() for k, v in self.named_buffers() if "running" in k}
+        assert before
         held = self._embed_held_out(batch["labelled"][1])
         held.terms(*held.embeddings)
         assert all(torch.equal(v, before[k]) for k, v in self.named_buffers() if k in before)
@@ -179,8 +173,6 @@ def test_labels_of_which_there_are_none_are_refused():
 
 
 def test_the_diagnostics_are_the_cosines_of_the_gradients(tmp_path):
-    from test_all4one import all4one_config, image_batch
-
     from grap_solo.balance import balance
     from grap_solo.diagnostics import diagnostic_names
 
@@ -189,7 +181,7 @@ def test_the_diagnostics_are_the_cosines_of_the_gradients(tmp_path):
             tmp_path, "+diagnostics.parameter_space_every=4", "log_every_n_steps=1", file="grap"
         )
     )
-    rows = diagnostics(run)
+    rows = rows_of(run.directory / "diagnostics.csv")
     assert list(rows[0])[:2] == ["step", "epoch"] and len(rows) == 6
     assert list(rows[0])[2:] == [*diagnostic_names(TERMS), "parameter_space", "skipped"]
     assert {row["skipped"] for row in rows} == {""} <= set(CAUSES)

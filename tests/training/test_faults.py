@@ -1,16 +1,14 @@
 """What goes wrong in a run: the step is left out and counted, or the run ends with the reason."""
 
-import csv
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, SMALL, quiet_digits
+from helpers import DIGITS, SMALL, output_of, quiet_digits, rows_of, start_process
 
 from grap_solo import ConfigError
 from grap_solo.cli import main
@@ -18,7 +16,7 @@ from grap_solo.data.datasets import Digits
 from grap_solo.errors import RunStopped
 from grap_solo.methods import GrapAll4One
 from grap_solo.records.weights import read_weights
-from grap_solo.training.checkpoints import newest_whole
+from grap_solo.training.checkpoints import EpochCheckpoint, newest_whole
 from grap_solo.training.run import pretrain
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -38,9 +36,10 @@ def spoil(monkeypatch, change, at=(1, 2)):
     monkeypatch.setattr(GrapAll4One, "compute_terms", changed)
 
 
-def recorded(run, name):
-    with (run.directory / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+def skipped(run):
+    """The share of its steps that each epoch has skipped."""
+    found = [row["skipped/step"] for row in rows_of(run.directory / "metrics.csv")]
+    return [float(share) for share in found if share]
 
 
 def assert_whole(run, steps=6):
@@ -61,7 +60,11 @@ def test_a_term_that_is_not_finite_costs_that_step(names, value, file, tmp_path,
     )
     run = pretrain(quiet_digits(tmp_path, file=file))
     assert_whole(run)
-    skipped = [float(r["skipped/step"]) for r in recorded(run, "metrics.csv") if r["skipped/step"]]
+    skipped = [
+        float(r["skipped/step"])
+        for r in rows_of(run.directory / "metrics.csv")
+        if r["skipped/step"]
+    ]
     assert skipped == pytest.approx([2 / 3, 0], abs=1e-6)
 
 
@@ -77,7 +80,11 @@ def test_a_probe_that_is_not_finite_costs_that_step(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "probe_loss", spoiled)
     run = pretrain(quiet_digits(tmp_path))
     assert_whole(run)
-    skipped = [float(r["skipped/step"]) for r in recorded(run, "metrics.csv") if r["skipped/step"]]
+    skipped = [
+        float(r["skipped/step"])
+        for r in rows_of(run.directory / "metrics.csv")
+        if r["skipped/step"]
+    ]
     assert skipped == pytest.approx([1 / 3, 0], abs=1e-6)
 
 
@@ -119,7 +126,7 @@ def test_dull_terms_train_on(case, rule, tmp_path, monkeypatch):
     run = pretrain(quiet_digits(tmp_path, *changes, file="all4one"))
     assert_whole(run, steps=3)
     if rule == "grap":
-        causes = [row["skipped"] for row in recorded(run, "diagnostics.csv")]
+        causes = [row["skipped"] for row in rows_of(run.directory / "diagnostics.csv")]
         assert set(causes) == {cause}
         if case == "two identical terms":
             weights = run.model.weighting.weights
@@ -143,7 +150,7 @@ def test_products_that_are_all_negative_never_leave_the_weights_at_zero():
 def test_images_without_any_label_train_and_learn_no_weights(tmp_path):
     run = pretrain(quiet_digits(tmp_path, "+data.no_labels=true"))
     assert_whole(run)
-    assert {row["skipped"] for row in recorded(run, "diagnostics.csv")} == {"unlabelled"}
+    assert {row["skipped"] for row in rows_of(run.directory / "diagnostics.csv")} == {"unlabelled"}
     assert (run.model.weighting.weights == 1).all()
 
 
@@ -164,26 +171,29 @@ def test_a_worker_that_dies_ends_in_one_line(tmp_path, monkeypatch, capfd):
     assert "Traceback" not in error
 
 
-def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(tmp_path):
+def train_on_a_full_disk(arguments):
     """A limit on the size of files stands in for the disk: the second checkpoint does not fit."""
-    script = f"""
-import resource, sys
-from lightning.pytorch import Callback
-from grap_solo.training.checkpoints import EpochCheckpoint
-from grap_solo.cli import main
-save = EpochCheckpoint._save
-def limited(self, trainer, epoch):
-    if epoch == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    save(self, trainer, epoch)
-EpochCheckpoint._save = limited
-sys.exit(main(["pretrain", "--config-path", {str(DIGITS)!r}, "--config-name", "grap",
-               *{SMALL!r}, "max_epochs=3", "name=run", "checkpoint.dir={tmp_path}"]))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr[-2000:]
-    lines = [line for line in done.stderr.splitlines() if line.startswith("grap-solo: ")]
-    assert len(lines) == 1 and "cannot be written to" in lines[0], done.stderr[-2000:]
+    import resource
+
+    save = EpochCheckpoint._save
+
+    def limited(self, trainer, epoch):
+        if epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        save(self, trainer, epoch)
+
+    EpochCheckpoint._save = limited
+    return main(arguments)
+
+
+def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(tmp_path):
+    flags = ["--config-path", str(DIGITS), "--config-name", "grap", *SMALL]
+    changes = ["max_epochs=3", "name=run", f"checkpoint.dir={tmp_path}"]
+    output = tmp_path / "output"
+    process = start_process(output, train_on_a_full_disk, ["pretrain", *flags, *changes])
+    printed = output_of(process, output, 2)
+    lines = [line for line in printed.splitlines() if line.startswith("grap-solo: ")]
+    assert len(lines) == 1 and "cannot be written to" in lines[0], printed[-2000:]
     path, _ = newest_whole(tmp_path / "run" / "checkpoints", "run")
     assert path.name == "run-ep=0.ckpt"
 

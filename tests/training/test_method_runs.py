@@ -1,16 +1,25 @@
 """Whole runs of every composite method: files, labels, precision, two processes, a comparison."""
 
-import csv
-import os
+import json
 import re
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
-from helpers import DIGITS, OWN, ROOT, SMALL, method_digits
+from helpers import (
+    DIGITS,
+    OWN,
+    ROOT,
+    SMALL,
+    in_two_processes,
+    method_digits,
+    quiet_digits,
+    rows_of,
+    same_in_both,
+)
 
 from grap_solo.cli import main
 from grap_solo.methods import METHODS
@@ -29,7 +38,7 @@ def test_labels_diagnostics_batched_views_and_precision_work_with_it(name, tmp_p
     terms, steps, weights = read_weights(run.directory / "weights.csv")
     assert tuple(terms) == run.model.weighting.terms and np.isfinite(weights).all()
     assert np.ptp(weights, axis=0).min() > 0 and run.accuracy > 0
-    metrics = list(csv.DictReader((run.directory / "metrics.csv").open()))
+    metrics = rows_of(run.directory / "metrics.csv")
     logged = {key.removesuffix("_step") for key in metrics[0]}
     assert {f"train_{term}_loss" for term in terms} < logged
     assert {run.model.loss_metric, "train_z_std", "train_labelled_acc1", "alignment"} < logged
@@ -54,44 +63,22 @@ def test_parameter_space_and_clipping_and_accumulation_work_with_it(name, tmp_pa
     changes = ["+diagnostics.parameter_space_every=2", "+accumulate_grad_batches=2",
                "+gradient_clip_val=0.5", "max_epochs=1"]  # fmt: skip
     run = pretrain(method_digits(name, tmp_path, *changes))
-    rows = list(csv.DictReader((run.directory / "diagnostics.csv").open()))
+    rows = rows_of(run.directory / "diagnostics.csv")
     measured = [float(row["parameter_space"]) for row in rows]
     assert np.isfinite(measured).any() and {row["skipped"] for row in rows} == {""}
 
 
-SCRIPT = """
-import json, sys, torch
-import torch.distributed as dist
-from pathlib import Path
-from grap_solo.compose import compose
-from grap_solo.training.run import pretrain
-
-file, directory, *overrides = sys.argv[1:]
-run = pretrain(compose(Path(file), overrides))
-same = []
-for value in [*run.model.parameters(), *run.model.weighting.state_dict().values()]:
-    parts = [torch.empty_like(value) for _ in range(2)]
-    dist.all_gather(parts, value.detach().contiguous())
-    same.append(torch.equal(*parts))
-Path(directory, f"{dist.get_rank()}.json").write_text(json.dumps(all(same)))
-"""
+def train(name, directory):
+    """One process's part of a training. It writes whether both have ended with the same."""
+    overrides = ["max_epochs=1", "devices=2", "+strategy=ddp", "optimizer.batch_size=31"]
+    model = pretrain(quiet_digits(directory, *overrides, file=name)).model
+    same = same_in_both([*model.parameters(), *model.weighting.state_dict().values()])
+    Path(directory, f"{dist.get_rank()}.json").write_text(json.dumps(same))
 
 
 @pytest.mark.parametrize("name", ["grap_vibcreg", "grap_barlow_twins"])
 def test_it_trains_in_two_processes_which_stay_the_same(name, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    overrides = ["+data.fraction=0.2", "max_epochs=1", "devices=2", "+strategy=ddp", "name=run",
-                 "optimizer.batch_size=31", f"checkpoint.dir={tmp_path}",
-                 "+enable_progress_bar=false"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2",
-         "--master-port", str(32500 + os.getpid() % 1000), script, DIGITS / f"{name}.yaml",
-         tmp_path, *overrides],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    in_two_processes(train, name, str(tmp_path))
     assert {(tmp_path / f"{rank}.json").read_text() for rank in (0, 1)} == {"true"}
     _, steps, weights = read_weights(tmp_path / "run" / "weights.csv")
     assert len(steps) == 251 // 62 and np.ptp(weights, axis=0).max() > 0
@@ -103,7 +90,7 @@ def test_a_method_of_ones_own_is_compared_and_reported(tmp_path, monkeypatch, ca
              "methods=[fixed,grap,grap_tuned]", "seeds=[1]", "name=own", f"method={OWN}",
              f"checkpoint.dir={tmp_path}"]  # fmt: skip
     assert main(flags) == 0
-    table = list(csv.DictReader((tmp_path / "own" / "summary.csv").open()))
+    table = rows_of(tmp_path / "own" / "summary.csv")
     assert [row["method"] for row in table] == ["fixed", "grap", "grap_tuned"]
     assert all(row["failed"] == "0" and float(row["linear_mean"]) > 10 for row in table)
     assert float(table[0]["weight/sigreg"]) == pytest.approx(0.05)

@@ -5,13 +5,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import DIGITS, SMALL, digits
+from helpers import DIGITS, SMALL, Killed, digits, killed_at, output_of, start_command
 
 from grap_solo import ConfigError
 from grap_solo.cli import main
@@ -60,22 +58,17 @@ def assert_equal(first, second):
     assert same(a["lr_schedulers"], b["lr_schedulers"])
 
 
-def command(directory, *overrides):
+def start(directory, *overrides):
+    """Starts a run in a process of its own, which prints into ``directory/output``."""
     changes = [*SMALL, *CHANGES, f"checkpoint.dir={directory}", *overrides]
-    return subprocess.Popen(
-        [sys.executable, "-m", "grap_solo.cli", "pretrain", "--config-path", str(DIGITS),
-         "--config-name", "grap", *changes],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
+    flags = ["--config-path", DIGITS, "--config-name", "grap"]
+    return start_command(directory / "output", "pretrain", *flags, *changes)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     directory = tmp_path_factory.mktemp("whole")
-    process = command(directory)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output[-3000:]
+    output_of(start(directory), directory / "output")
     return left(directory)
 
 
@@ -86,41 +79,39 @@ def wait_for_rows_of(epoch, run):
         if re.search(rf"^\d+,{epoch},", rows, re.MULTILINE):
             return
         time.sleep(0.01)
+    raise AssertionError(f"no row of epoch {epoch}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 2, 4])
 def test_killed_anywhere_it_ends_the_same(epoch, whole, tmp_path):
-    process = command(tmp_path)
+    process = start(tmp_path)
     run = tmp_path / "run"
     wait_for_rows_of(epoch, run)
     time.sleep(0.05 * epoch)  # Killed a little later.
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    output_of(process, tmp_path / "output", -signal.SIGKILL)
     assert not (run / "trained.json").exists()
-    again = command(tmp_path)  # The same command.
-    output = again.communicate()[0]
-    assert again.returncode == 0, output[-3000:]
+    output = output_of(start(tmp_path), tmp_path / "output")  # The same command.
     assert ("going on after epoch" in output) or epoch == 0
     assert_equal(left(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_terminated_it_says_so_and_writes_what_it_has(whole, tmp_path):
     """It, and the processes that load its data."""
-    process = command(tmp_path, "data.num_workers=2")
+    process = start(tmp_path, "data.num_workers=2")
     run = tmp_path / "run"
     wait_for_rows_of(1, run)
     os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate()[0]
-    assert process.returncode == 128 + signal.SIGTERM, output[-3000:]
+    output = output_of(process, tmp_path / "output", 128 + signal.SIGTERM)
     assert "Traceback" not in output
     (steps,) = re.findall(r"^run: stopped after step (\d+): start it again", output, re.MULTILINE)
     interrupted = run / "checkpoints" / "run-interrupted.ckpt"
     assert torch.load(interrupted, weights_only=True)["global_step"] == int(steps)
     assert len((run / "weights.csv").read_text().splitlines()) == 1 + int(steps)
     assert "weights" in (run / "median_weights.yaml").read_text()
-    again = command(tmp_path, "data.num_workers=2")
-    output = again.communicate()[0]
-    assert again.returncode == 0, output[-3000:]
+    output_of(start(tmp_path, "data.num_workers=2"), tmp_path / "output")
     assert_equal(left(tmp_path), whole)  # The only checkpoint is the last one.
 
 
@@ -142,10 +133,6 @@ def test_a_handler_that_was_there_keeps_sigterm(tmp_path):
     assert seen == [signal.SIGTERM] and (run.directory / "trained.json").exists()
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("weighting", "moment"),
     [
@@ -160,15 +147,16 @@ class Killed(Exception):
         pytest.param(
             "compiled",
             "on_train_batch_end",
-            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+            marks=[
+                pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+                pytest.mark.slow,
+            ],
         ),
     ],
 )
 def test_every_state_comes_back(weighting, moment, tmp_path):
     """Stopped without warning at an epoch's moments, with the rules that remember most and with
     every method."""
-    from lightning.pytorch import Callback
-
     keys = {
         "dwa": (["+weighting={name: dwa}", "method=grap_all4one"], "all4one"),
         "famo": (["+weighting={name: famo}", "method=grap_all4one"], "all4one"),
@@ -176,23 +164,17 @@ def test_every_state_comes_back(weighting, moment, tmp_path):
             ["+weighting.ema=0.5", "+labels={split: held_out, fraction: 0.2}",
              "optimizer.batch_size=32", "data.num_workers=1"], "grap",
         ),
-        "compiled": (["+performance.compile=true", "+limit_val_batches=1"], "grap"),
+        "compiled": (["+performance.compile=true", "max_epochs=2"], "grap"),
         "a method of one's own": (["method=lejepa:LeJEPA", "max_epochs=2"], "grap_vicreg"),
     }  # fmt: skip
     overrides, file = keys.get(weighting, (["max_epochs=2"], f"grap_{weighting}"))
-    overrides = ["max_epochs=3", *overrides, "+enable_progress_bar=false"]
+    if not any("batch_size" in each for each in overrides):  # Three steps an epoch, of 32 images.
+        overrides = ["data.fraction=0.1", "optimizer.batch_size=32", *overrides]
+    overrides = ["max_epochs=3", "+limit_val_batches=2", *overrides, "+enable_progress_bar=false"]
 
-    class Stop(Callback):
-        pass
-
-    def stop(self, trainer, *args):
-        if trainer.current_epoch == 1 and not trainer.sanity_checking:
-            raise Killed
-
-    setattr(Stop, moment, stop)
     pretrain(configuration(tmp_path / "whole", *overrides, file=file))
     with pytest.raises(Killed):
-        pretrain(configuration(tmp_path / "parts", *overrides, file=file), [Stop()])
+        pretrain(configuration(tmp_path / "parts", *overrides, file=file), [killed_at(moment, 1)])
     pretrain(configuration(tmp_path / "parts", *overrides, file=file))
     assert_equal(left(tmp_path / "parts"), left(tmp_path / "whole"))
 
@@ -214,23 +196,19 @@ def test_killed_after_its_last_checkpoint_it_tells_what_it_would_have(tmp_path):
 
 
 def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, monkeypatch):
-    from lightning.pytorch import Callback
-
-    class Stop(Callback):
-        def on_train_batch_start(self, trainer, *args):
-            if trainer.current_epoch == 3:
-                raise Killed
-
     keep = ["+checkpoint.keep_prev=true", "+enable_progress_bar=false"]
     with pytest.raises(Killed):
-        pretrain(configuration(tmp_path, *keep), [Stop()])
+        pretrain(configuration(tmp_path, *keep), [killed_at("on_train_batch_start", 3)])
     folder = tmp_path / "run" / "checkpoints"
     newest = folder / "run-ep=2.ckpt"
     newest.write_bytes(newest.read_bytes()[:1000])
     (folder / "run-ep=7.ckpt").write_text("foreign")
     (folder / "run-ep=3.ckpt.new").write_text("cut short")
-    with pytest.warns(UserWarning, match=r"run-ep=(2|7)\.ckpt is not a whole checkpoint"):
+    with pytest.warns(UserWarning) as caught:
         resumed = pretrain(configuration(tmp_path, *keep))
+    warned = " ".join(str(each.message) for each in caught)
+    for name in (newest.name, "run-ep=7.ckpt"):
+        assert f"{name} is not a whole checkpoint" in warned
     assert resumed.model.weighting.updates == 18
     assert not (folder / "run-ep=3.ckpt.new").exists()
 
@@ -253,16 +231,9 @@ def test_a_checkpoint_is_moved_into_its_place_when_it_is_whole(tmp_path, monkeyp
 
 
 def test_a_finished_run_is_not_trained_on_nor_is_another_configuration(tmp_path):
-    from lightning.pytorch import Callback
-
-    class Stop(Callback):
-        def on_train_epoch_start(self, trainer, *args):
-            if trainer.current_epoch == 1:
-                raise Killed
-
     quiet = ["max_epochs=2", "+enable_progress_bar=false"]
     with pytest.raises(Killed):
-        pretrain(configuration(tmp_path, *quiet), [Stop()])
+        pretrain(configuration(tmp_path, *quiet), [killed_at("on_train_epoch_start", 1)])
     with pytest.raises(ConfigError, match="already holds a run with another 'seed'"):
         pretrain(configuration(tmp_path, *quiet, "seed=9"))
     pretrain(configuration(tmp_path, *quiet))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, ROOT, SMALL, digits
+from helpers import DIGITS, ROOT, SMALL, digits, output_of, rows_of, start_command
 from omegaconf import OmegaConf
 
 from grap_solo import ConfigError
@@ -35,7 +35,7 @@ def grap(tmp_path_factory):
 
 def test_the_demo_for_two_epochs(tmp_path, capfd):
     directory = tmp_path / "demo"
-    rows = demo(directory, ["max_epochs=2", "scheduler.warmup_epochs=1"])
+    rows = demo(directory, SMALL)
     printed = capfd.readouterr()
     assert [row.method for row in rows] == [
         "untrained",
@@ -110,7 +110,7 @@ def test_what_a_run_leaves_behind(grap):
 
 
 def test_metric_names_are_solo_learns_and_the_weightings(grap):
-    rows = list(csv.DictReader((grap.directory / "metrics.csv").open()))
+    rows = rows_of(grap.directory / "metrics.csv")
     columns = set(rows[0])
     training = [
         "class_loss",
@@ -218,7 +218,7 @@ def test_resume_goes_on_from_the_checkpoint_and_loses_nothing(tmp_path, monkeypa
     saved = state["weighting.weights"].numpy()
     assert weights[3] / weights[3].sum() == pytest.approx(saved / saved.sum(), rel=1e-5)
     # What the first part had logged is still there, and the configuration starts from the start.
-    steps = [row["step"] for row in csv.DictReader((directory / "metrics.csv").open())]
+    steps = [row["step"] for row in rows_of(directory / "metrics.csv")]
     assert set(map(int, steps)) == set(range(9))
     assert "resume_from_checkpoint" not in (directory / "config.yaml").read_text()
 
@@ -246,6 +246,7 @@ def test_the_last_epoch_is_saved_whatever_the_frequency(tmp_path):
     assert torch.equal(saved["projector.0.weight"], run.model.projector[0].weight)
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_the_command_line(tmp_path):
     """Lightning starts the second process with the first one's own command."""
     done = command(
@@ -307,16 +308,15 @@ def command(*arguments, cwd=None):
     )
 
 
+@pytest.mark.slow
 def test_pretrain_and_retrain_from_the_command_line(tmp_path):
-    done = command(
-        "pretrain", "--config-path", DIGITS, "--config-name", "grap.yaml", "name=first", *SMALL,
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    output = tmp_path.with_name("output")
+    first = ["--config-path", DIGITS, "--config-name", "grap.yaml", "name=first", *SMALL]
+    output_of(start_command(output, "pretrain", *first, cwd=tmp_path), output)
     assert (tmp_path / "runs" / "first" / "median_weights.yaml").exists()
     # Its own configuration repeats it, and hydra leaves nothing beside the runs.
     again = ["--config-path", "runs/first", "--config-name", "config", "name=again"]
-    assert command("pretrain", *again, cwd=tmp_path).returncode == 0
+    output_of(start_command(output, "pretrain", *again, cwd=tmp_path), output)
     first, second = (tmp_path / "runs" / name / "weights.csv" for name in ("first", "again"))
     assert first.read_bytes() == second.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
@@ -435,7 +435,7 @@ def test_a_run_that_is_there_is_not_written_over(grap, capfd):
     assert before == {path: path.stat().st_mtime_ns for path in grap.directory.rglob("*")}
 
 
-def test_damaged_records_are_named(grap, tmp_path):
+def test_damaged_records_are_named(tmp_path):
     file = tmp_path / "weights.csv"
     for text, message in (
         ("step,epoch,a\n1,0,0.5\n2,0", "cut short"),

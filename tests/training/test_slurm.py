@@ -275,6 +275,7 @@ def test_a_submission_asks_for_a_process_for_each_gpu(on_a_cluster, capfd):
     assert re.search(r"^srun .* -m submitit.core._submit ", script.read_text(), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_an_array_of_jobs(array):
     root, *_ = array
     asked = asked_of_sbatch((root / "cluster" / "submission.sh").read_text())
@@ -286,6 +287,7 @@ def test_a_sweep_is_an_array_of_jobs(array):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_over_is_requeued_and_goes_on(array):
     root, *_ = array
     (requeued,) = (root / "cluster").glob("requeued-*")
@@ -299,6 +301,7 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(array):
     assert "going on" not in first and re.search(r"going on after epoch [01]$", second)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_refused_is_reported_where_it_was_submitted(array):
     root, code, errors = array
     assert code == 2 and "Traceback" not in errors
@@ -309,6 +312,7 @@ def test_a_job_that_is_refused_is_reported_where_it_was_submitted(array):
     assert line in log.splitlines()
 
 
+@pytest.mark.slow
 def test_slurms_two_processes_are_one_training(two_tasks):
     _, steps, weights = read_weights(two_tasks / "weights.csv")
     assert steps[:, 0].tolist() == [1, 2, 3]
@@ -317,6 +321,7 @@ def test_slurms_two_processes_are_one_training(two_tasks):
     assert (config["devices"], config["num_nodes"]) == (2, 1)
 
 
+@pytest.mark.slow
 def test_the_batch_script_trains_on_two_nodes_by_torchrun(on_a_cluster, two_tasks):
     """As SLURM's own two processes do, to the bit."""
     assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
