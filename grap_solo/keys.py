@@ -172,5 +172,5 @@ def unknown_key(block: str, name: object, valid: Iterable[str]) -> ConfigError:
     """
     options = list(valid)
     if not options:
-        return ConfigError(f"{block}: takes no other keys: remove '{name}'")
+        return ConfigError(f"{block}: takes no key besides its name: remove '{name}'")
     return unknown_name(block, name, options)

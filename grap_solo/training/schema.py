@@ -33,7 +33,7 @@ from grap_solo.methods.composite import CONFIG_KEYS
 from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS
 from grap_solo.weighting import Weighting
 
-A_BLOCK = "a block"
+A_BLOCK = "a block of keys"
 NEAR_MISS = 0.85
 """How similar an unknown key must be to a known one to count as a misspelling."""
 
@@ -98,7 +98,7 @@ class Data(Block):
         description="How the images are stored: in folders (CIFAR: torchvision's own files) or in "
         "one Parquet file.",
     )
-    no_labels: bool = Field(False, description="Whether the images of `custom` have no labels.")
+    no_labels: bool = Field(False, description="Whether to ignore the images' labels.")
     fraction: float = Field(
         -1, ge=-1, description="The share of the training images to use; -1 uses all."
     )
@@ -151,7 +151,7 @@ class Scheduler(Block):
     min_lr: float | None = unfilled(
         ge=0, description="The learning rate at the end of the cosine. It is not scaled."
     )
-    lr_decay_steps: Any = unfilled(
+    lr_decay_steps: list[Any] | None = unfilled(
         title="a list of epochs",
         description="`step` alone: the epochs at which the learning rate is divided by 10.",
     )
@@ -378,10 +378,8 @@ def _one_line(model: type[Configuration], error: ValidationError) -> ConfigError
     if found["type"] == "missing":
         return missing_key(where)
     assert field is not None
-    if found["type"] in ("model_type", "dict_type") and not any(
-        isinstance(each, Key) for each in field.metadata
-    ):
-        return ConfigError(f"{where}: expected a block of keys, got {value!r}")
+    if found["type"] == "model_type" or field.title:
+        return ConfigError(f"{where}: expected {field.title or A_BLOCK}, got {value!r}")
     key = key_of(field)
     if key.kind is dict and location:
         return key.item.error(value, f"{where}.{location[0]}")
