@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grap_solo.data.datasets import Digits
-from grap_solo.records.trajectory import read_weights
+from grap_solo.records.weights import read_weights
 
 
 def solo_learn_root() -> Path:

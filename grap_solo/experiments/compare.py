@@ -23,20 +23,24 @@ from grap_solo.evaluation.offline import device_of, evaluate
 from grap_solo.experiments.bench import step_costs
 from grap_solo.experiments.retrain import newest_checkpoint
 from grap_solo.methods import find_method, weighted_name
-from grap_solo.records.files import CONFIG_FILE, only_one, read_json, write_json
-from grap_solo.records.runs import COST_FILE, RESULT_FILE
-from grap_solo.records.trajectory import WEIGHTS_FILE, median_weights
+from grap_solo.records.files import (
+    CONFIG_FILE,
+    COST_FILE,
+    FAILURE_FILE,
+    RESULT_FILE,
+    TRAINED_FILE,
+    WEIGHTS_FILE,
+    only_one,
+    read_json,
+    write_json,
+)
+from grap_solo.records.weights import median_weights
 from grap_solo.report.page import report
 from grap_solo.report.tables import BASE, table_of_methods, table_of_runs, write_summary
 from grap_solo.training.config import prepare, run_dir
-from grap_solo.training.run import (
-    TRAINED_FILE,
-    prepare_one_of_many,
-    pretrain,
-)
+from grap_solo.training.run import prepare_one_of_many, pretrain
 from grap_solo.weighting import WEIGHTINGS
 
-FAILURE_FILE = "failure.json"
 CHILDREN = ("_tuned", "_finetuned")
 GRID_KEYS = ("methods", "seeds", "processes", "definitions")
 

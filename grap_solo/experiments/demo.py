@@ -17,7 +17,8 @@ from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import Evaluation, evaluate
 from grap_solo.experiments.retrain import retrain
 from grap_solo.methods import CompositeMethod, find_method
-from grap_solo.records.trajectory import MEDIAN_FILE, median_weights
+from grap_solo.records.files import MEDIAN_FILE
+from grap_solo.records.weights import median_weights
 from grap_solo.report.tables import markdown
 from grap_solo.training.run import Run, pretrain
 

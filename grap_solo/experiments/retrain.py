@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.errors import ConfigError
 from grap_solo.methods import weighted_name
-from grap_solo.records.files import CONFIG_FILE
-from grap_solo.records.trajectory import WEIGHTS_FILE, pooled_weights
+from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
+from grap_solo.records.weights import pooled_weights
 from grap_solo.training.run import Run, pretrain
 
 WARMUP = "weighting.warmup_epochs"
@@ -32,8 +32,8 @@ def retrain(
     Args:
         parents: the runs' directories; the first one's configuration is trained.
         load: composes a configuration file, with what the command line changes in it.
-        epochs: see :func:`~grap_solo.records.trajectory.pooled_weights`.
-        last: see :func:`~grap_solo.records.trajectory.pooled_weights`.
+        epochs: see :func:`~grap_solo.records.weights.pooled_weights`.
+        last: see :func:`~grap_solo.records.weights.pooled_weights`.
 
     Raises:
         ConfigError: not a run's directory, or what :func:`pretrain` refuses.
@@ -74,7 +74,7 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = sorted((run / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ConfigError(f"{run / 'checkpoints'}: no checkpoint: train with checkpoint.enabled")
     return found[-1]

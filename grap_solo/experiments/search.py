@@ -30,15 +30,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods import weighted_name
-from grap_solo.records.files import only_one, read_json, write_json
-from grap_solo.records.trajectory import MEDIAN_FILE, read_median
+from grap_solo.records.files import MEDIAN_FILE, RESULT_FILE, only_one, read_json, write_json
+from grap_solo.records.weights import read_median
 from grap_solo.report.plots import COLORS
 from grap_solo.report.tables import markdown
 from grap_solo.training.config import run_dir, terms_of
 from grap_solo.training.run import prepare_one_of_many, pretrain
 
 STUDY_FILE = "study.db"
-RESULT_FILE = "result.json"
 REPORT_FILES = ("search.md", "search.csv", "search.png")
 
 RANGE = 10.0

@@ -12,8 +12,25 @@ from typing import Any, TextIO
 
 from grap_solo.errors import ConfigError
 
+# A run's folder.
 CONFIG_FILE = "config.yaml"
-"""A run's configuration, in its folder."""
+TERMS_FILE = "terms.yaml"
+WEIGHTS_FILE = "weights.csv"
+DIAGNOSTICS_FILE = "diagnostics.csv"
+METRICS_FILE = "metrics.csv"
+LABELS_FILE = "labels.csv"
+MEDIAN_FILE = "median_weights.yaml"
+PICTURE_FILE = "weights.png"
+WANDB_FILE = "wandb.json"
+TRAINED_FILE = "trained.json"
+RESULT_FILE = "result.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+ARGS_FILE = "args.json"  # Among the checkpoints, where solo-learn's scripts look for it.
+
+# A folder of runs, such as a comparison's.
+SUMMARY_FILE = "summary.csv"
+COST_FILE = "cost.json"
+FAILURE_FILE = "failure.json"  # Of a failed run, beside its log.
 
 
 @contextlib.contextmanager

@@ -15,12 +15,16 @@ import numpy as np
 import yaml
 
 from grap_solo.errors import ConfigError
-from grap_solo.records.files import CONFIG_FILE
-from grap_solo.records.trajectory import DIAGNOSTICS_FILE, TERMS_FILE, WEIGHTS_FILE, read_weights
-
-RESULT_FILE = "result.json"
-SUMMARY_FILE = "summary.csv"
-COST_FILE = "cost.json"
+from grap_solo.records.files import (
+    CONFIG_FILE,
+    COST_FILE,
+    DIAGNOSTICS_FILE,
+    RESULT_FILE,
+    SUMMARY_FILE,
+    TERMS_FILE,
+    WEIGHTS_FILE,
+)
+from grap_solo.records.weights import read_weights
 
 MEASURES = {
     "online": "online probe",

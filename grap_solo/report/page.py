@@ -13,9 +13,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grap_solo.errors import ConfigError
+from grap_solo.records.files import DIAGNOSTICS_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from grap_solo.records.runs import (
     MEASURES,
-    SUMMARY_FILE,
     Group,
     Summary,
     folder_names,
@@ -23,7 +23,7 @@ from grap_solo.records.runs import (
     read_recorded,
     to_float,
 )
-from grap_solo.records.trajectory import DIAGNOSTICS_FILE, WEIGHTS_FILE, format_weight
+from grap_solo.records.weights import format_weight
 from grap_solo.report.plots import (
     COMPOSITE,
     Point,

@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from matplotlib.transforms import Bbox
 
 from grap_solo.records.runs import mean_and_std
-from grap_solo.records.trajectory import format_weight, median_weights, read_weights
+from grap_solo.records.weights import format_weight, median_weights, read_weights
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
 COLORS = (
@@ -52,7 +52,7 @@ def plot_weights(
         warmup_epochs: leading epochs that the medians in the legend leave out.
 
     Raises:
-        ConfigError: see :func:`~grap_solo.records.trajectory.read_weights`.
+        ConfigError: see :func:`~grap_solo.records.weights.read_weights`.
     """
     terms, steps, weights = read_weights(source)
     medians = median_weights(source, warmup_epochs)

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import ttest_ind
 from statsmodels.stats.multitest import multipletests
 
-from grap_solo.records.trajectory import format_weight
+from grap_solo.records.weights import format_weight
 
 METRICS = {"online": "online probe", "linear": "linear probe", "knn": "k-NN", "rankme": "RankMe"}
 BASE = "fixed"

@@ -20,11 +20,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.methods import CompositeMethod
-from grap_solo.records.files import read_json, whole_file, write_json
-from grap_solo.records.trajectory import format_weight
-
-METRICS_FILE = "metrics.csv"
-WANDB_FILE = "wandb.json"
+from grap_solo.records.files import METRICS_FILE, WANDB_FILE, read_json, whole_file, write_json
+from grap_solo.records.weights import format_weight
 
 
 def is_first_process() -> bool:

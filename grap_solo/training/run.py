@@ -36,8 +36,17 @@ from grap_solo.data import (
 )
 from grap_solo.errors import ConfigError
 from grap_solo.methods import CompositeMethod, find_method
-from grap_solo.records.files import CONFIG_FILE, whole_file, write_json
-from grap_solo.records.trajectory import WEIGHTS_FILE
+from grap_solo.records.files import (
+    ARGS_FILE,
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    LABELS_FILE,
+    PICTURE_FILE,
+    TRAINED_FILE,
+    WEIGHTS_FILE,
+    whole_file,
+    write_json,
+)
 from grap_solo.report.plots import plot_weights
 from grap_solo.solo import BaseMomentumMethod, describe_base
 from grap_solo.training.checkpoints import (
@@ -57,9 +66,6 @@ from grap_solo.training.loggers import (
 )
 from grap_solo.training.signals import AGAIN, TERMINATED, in_words, let_sigterm_wait_for_the_step
 from grap_solo.weighting import build_weighting
-
-LABELS_FILE = "labels.csv"
-TRAINED_FILE = "trained.json"
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
             if not terminated and not isinstance(end.__context__, KeyboardInterrupt):
                 raise
             if trainer.is_global_zero:
-                saved = epoch_checkpoints(directory / "checkpoints", cfg.name)
+                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER, cfg.name)
                 says = f"{cfg.name}: stopped after step {trainer.global_step}: "
                 print(says + (AGAIN if saved else "start it again"), file=sys.stderr)
             raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
@@ -138,7 +144,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     # Killed after its last checkpoint, a run has no epoch left to be validated in.
     online = start.online if accuracy is None else accuracy.item()
     if trainer.is_global_zero and trainer.global_step:
-        record, picture = directory / WEIGHTS_FILE, directory / "weights.png"
+        record, picture = directory / WEIGHTS_FILE, directory / PICTURE_FILE
         plot_weights(record, picture, terms_of(cfg), model.weighting.warmup_epochs)
         seconds = start.seconds + time.monotonic() - began
         write_json(directory / TRAINED_FILE, {"online": online, "seconds": seconds})
@@ -198,7 +204,7 @@ def _where_to_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Sta
                 "another name or checkpoint.dir"
             )
     if asked is None and taken:
-        found = newest_whole(directory / "checkpoints", cfg.name)
+        found = newest_whole(directory / CHECKPOINTS_FOLDER, cfg.name)
     if found is None:
         return Start()
     path, state = found
@@ -281,11 +287,11 @@ def _load_backbone(model: CompositeMethod, path: Path) -> None:
 def _make_directory(directory: Path) -> None:
     """The run's folders, without what a checkpoint that was cut short has left."""
     try:
-        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (directory / CHECKPOINTS_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"checkpoint.dir: {directory} cannot be made: {error}") from None
     if is_first_process():
-        for path in (directory / "checkpoints").glob("*.ckpt.new"):
+        for path in (directory / CHECKPOINTS_FOLDER).glob("*.ckpt.new"):
             path.unlink()
 
 
@@ -301,7 +307,7 @@ def _trainer(
     if cfg.checkpoint.enabled:
         callbacks.append(
             EpochCheckpoint(
-                directory / "checkpoints",
+                directory / CHECKPOINTS_FOLDER,
                 cfg.name,
                 cfg.checkpoint.frequency,
                 cfg.checkpoint.keep_prev,
@@ -337,7 +343,7 @@ def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None
     with whole_file(directory / CONFIG_FILE) as file:
         OmegaConf.save(OmegaConf.create(_plain(source)), file)
     arguments = OmegaConf.to_container(cfg, resolve=True)
-    (directory / "checkpoints" / "args.json").write_text(json.dumps(arguments, indent=1))
+    (directory / CHECKPOINTS_FOLDER / ARGS_FILE).write_text(json.dumps(arguments, indent=1))
 
 
 def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:

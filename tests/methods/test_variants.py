@@ -15,7 +15,7 @@ from grap_solo.compose import compose
 from grap_solo.data.datasets import Digits, Images, split_labels
 from grap_solo.experiments.retrain import finetune, newest_checkpoint
 from grap_solo.methods import GrapAll4One
-from grap_solo.records.trajectory import pooled_weights, read_weights
+from grap_solo.records.weights import pooled_weights, read_weights
 from grap_solo.training.run import pretrain
 from grap_solo.weighting import CAUSES, WEIGHTINGS
 

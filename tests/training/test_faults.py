@@ -17,7 +17,7 @@ from grap_solo.cli import main
 from grap_solo.data.datasets import Digits
 from grap_solo.errors import RunStopped
 from grap_solo.methods import GrapAll4One
-from grap_solo.records.trajectory import read_weights
+from grap_solo.records.weights import read_weights
 from grap_solo.training.checkpoints import newest_whole
 from grap_solo.training.run import pretrain
 

@@ -14,7 +14,7 @@ from helpers import DIGITS, OWN, ROOT, SMALL, method_digits
 
 from grap_solo.cli import main
 from grap_solo.methods import METHODS
-from grap_solo.records.trajectory import read_weights
+from grap_solo.records.weights import read_weights
 from grap_solo.training.run import pretrain
 
 NAMES = [*METHODS, OWN]

@@ -19,7 +19,7 @@ from grap_solo.compose import compose
 from grap_solo.experiments.demo import demo
 from grap_solo.experiments.retrain import retrain
 from grap_solo.methods import GrapAll4One
-from grap_solo.records.trajectory import median_weights, read_weights
+from grap_solo.records.weights import median_weights, read_weights
 from grap_solo.training.loggers import SafeWandbLogger
 from grap_solo.training.run import pretrain
 

@@ -16,7 +16,7 @@ import yaml
 from helpers import ROOT, SMALL
 
 from grap_solo.cli import main
-from grap_solo.records.trajectory import read_weights
+from grap_solo.records.weights import read_weights
 
 SCRIPT = ROOT / "scripts" / "torchrun.sbatch"
 FLAGS = ["--config-path", "configs/digits", "--config-name", "grap"]
