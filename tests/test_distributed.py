@@ -264,6 +264,6 @@ def test_two_processes_that_were_stopped_go_on_to_the_same_end(how, trained, tmp
         assert torch.load(interrupted, weights_only=True)["global_step"] == int(steps) < 8
     done = start_script(tmp_path)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert "going on after epoch 0" in done.stdout and not interrupted.exists()
+    assert "resuming after epoch 0" in done.stdout and not interrupted.exists()
     for name in ("weights.csv", "diagnostics.csv", "metrics.csv", "median_weights.yaml"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / "run" / name).read_bytes()

@@ -100,7 +100,7 @@ def test_killed_anywhere_it_ends_the_same(epoch, whole, tmp_path):
     again = command(tmp_path)  # The same command.
     output = again.communicate()[0]
     assert again.returncode == 0, output[-3000:]
-    assert ("going on after epoch" in output) or epoch == 0
+    assert ("resuming after epoch" in output) or epoch == 0
     assert_equal(left(tmp_path), whole)
 
 
