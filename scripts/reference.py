@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 from grap_solo.keys import Key
 from grap_solo.methods import METHODS, CompositeMethod
 from grap_solo.solo.base import DEFAULTS, MOMENTUM_DEFAULTS
+from grap_solo.training.blocks import Block, block_of, key_of
 from grap_solo.training.config import OPTIMIZER_DEFAULTS
-from grap_solo.training.schema import Block, block_of, key_of, schema_of
+from grap_solo.training.schema import schema_of
 from grap_solo.weighting import DEFAULT_WEIGHTING, WEIGHTINGS
 from grap_solo.weighting.base import treatment_keys
 

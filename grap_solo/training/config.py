@@ -21,7 +21,8 @@ from grap_solo.keys import Key, missing_key
 from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name
 from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import build_backbone
-from grap_solo.training.schema import check, schema_of
+from grap_solo.training.blocks import validate
+from grap_solo.training.schema import schema_of
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
 
 LARGEST_HELD_OUT = 0.5
@@ -58,7 +59,7 @@ def prepare(source: DictConfig) -> DictConfig:
     _none_strings(cfg)
     plain = _without_nulls(OmegaConf.to_container(cfg, resolve=True))
     method, rule = _find_classes(plain)
-    _fill_in(cfg, check(schema_of(method, rule), plain))
+    _fill_in(cfg, validate(schema_of(method, rule), plain))
     if cfg.get("weighting") is None:
         cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
     method.check_config(cfg)

@@ -132,23 +132,11 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         _write_configs(source, cfg, directory)
         if labelled is not None:
             np.savetxt(directory / LABELS_FILE, labelled, fmt="%d", header="index", comments="")
-        says = f"{cfg.name}: {cfg.method}, {describe_base(type(model))}, files in {directory}"
-        print(says + (f", resuming after epoch {start.epoch - 1}" * bool(start.epoch)), flush=True)
+        resumed = f", resuming after epoch {start.epoch - 1}" if start.epoch else ""
+        base = describe_base(type(model))
+        print(f"{cfg.name}: {cfg.method}, {base}, files in {directory}{resumed}", flush=True)
     began = time.monotonic()
-    with wandb_run():
-        try:
-            trainer.fit(model, train_loader, val_loader, ckpt_path=start.path, weights_only=True)
-        except SystemExit as end:  # Lightning raises it for both signals.
-            terminated = isinstance(end, SIGTERMException)
-            if not terminated and not isinstance(end.__context__, KeyboardInterrupt):
-                raise
-            if trainer.is_global_zero:
-                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER, cfg.name)
-                says = f"{cfg.name}: stopped after step {trainer.global_step}: "
-                print(says + (AGAIN if saved else "start it again"), file=sys.stderr)
-            raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
-        except (OSError, RuntimeError) as error:
-            raise explain_machine_failure(error, directory) from error
+    _fit(trainer, model, (train_loader, val_loader), cfg, start)
     accuracy = trainer.callback_metrics.get("val_acc1")
     # A run that was killed after its last checkpoint has no epoch left to validate.
     online = start.online if accuracy is None else accuracy.item()
@@ -158,6 +146,32 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         seconds = start.seconds + time.monotonic() - began
         write_json(directory / TRAINED_FILE, {"online": online, "seconds": seconds})
     return Run(directory, model.eval(), cfg, online)
+
+
+def _fit(
+    trainer: pl.Trainer,
+    model: CompositeMethod,
+    loaders: tuple[Any, Any],
+    cfg: DictConfig,
+    start: Start,
+) -> None:
+    """Trains a model from where the run starts. See :func:`pretrain` for the errors."""
+    directory = run_dir(cfg)
+    with wandb_run():
+        try:
+            trainer.fit(model, *loaders, ckpt_path=start.path, weights_only=True)
+        except SystemExit as end:  # Lightning raises it for both signals.
+            terminated = isinstance(end, SIGTERMException)
+            if not terminated and not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            if trainer.is_global_zero:
+                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER, cfg.name)
+                advice = AGAIN if saved else "start it again"
+                stopped = f"{cfg.name}: stopped after step {trainer.global_step}"
+                print(f"{stopped}: {advice}", file=sys.stderr)
+            raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
+        except (OSError, RuntimeError) as error:
+            raise explain_machine_failure(error, directory) from error
 
 
 def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:

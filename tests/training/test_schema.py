@@ -10,7 +10,8 @@ from grap_solo import ConfigError
 from grap_solo.keys import Key
 from grap_solo.methods import METHODS, CompositeMethod
 from grap_solo.methods.composite import CONFIG_KEYS
-from grap_solo.training.schema import Configuration, block_of, check, key_of, schema_of
+from grap_solo.training.blocks import block_of, key_of, validate
+from grap_solo.training.schema import Configuration, schema_of
 from grap_solo.weighting import WEIGHTINGS
 
 REFERENCE = ROOT / "docs" / "configuration.md"
@@ -77,13 +78,13 @@ def test_a_rules_constructor_and_its_block_refuse_the_same_values_in_the_same_wo
         for value in BAD:
             given = {key: value}
             text = outcome(rule, ["a"], **given)
-            assert text == outcome(check, model, MINIMAL | {"weighting": given}), given
+            assert text == outcome(validate, model, MINIMAL | {"weighting": given}), given
             refused |= {key} if text else set()
     assert refused == {*rule.keys, "alfa", "scal"}
 
 
 def test_defaults_are_filled_in_and_those_of_the_base_class_are_not():
-    filled = check(schema_of(METHODS["vicreg"], WEIGHTINGS["grap"]), MINIMAL)
+    filled = validate(schema_of(METHODS["vicreg"], WEIGHTINGS["grap"]), MINIMAL)
     assert filled["seed"] == 5 and filled["labels"] == {"fraction": 1.0, "split": "train"}
     for block, keys in CONFIG_KEYS.items():
         for name, key in keys.items():
@@ -125,6 +126,8 @@ def test_a_method_of_ones_own_may_leave_out_an_optional_key():
         method_keys = {"size": Key(int, 1, optional=True, doc="A size."), "width": Key(int)}
 
     model = schema_of(Own, WEIGHTINGS["grap"])
-    assert "size" not in check(model, MINIMAL | {"method_kwargs": {"width": -3}})["method_kwargs"]
+    assert (
+        "size" not in validate(model, MINIMAL | {"method_kwargs": {"width": -3}})["method_kwargs"]
+    )
     with pytest.raises(ConfigError, match=r"method_kwargs\.width: missing: add it"):
-        check(model, MINIMAL | {"method_kwargs": {"size": 3}})
+        validate(model, MINIMAL | {"method_kwargs": {"size": 3}})
