@@ -159,8 +159,9 @@ class Configuration(Block):
 
     name: str = Field(description="The run's name and the name of its folder.")
     method: str = Field(
-        description="The method: `all4one`, say, trains with the reference weights, `grap_all4one` "
-        "with those of the `weighting` block; `package.module:Class` names a method of your own."
+        description="The method. A plain name trains with the reference weights, a name with "
+        "`grap_` before it with those of the `weighting` block; `package.module:Class` names a "
+        "method of your own."
     )
     backbone: Backbone = nested()
     data: Data = nested()
