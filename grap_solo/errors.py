@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that names the key or file and the fix."""
+"""Errors that a user can fix: one line that names the key or file and the fix."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """Input that cannot be used. The command line prints its text alone and exits with 2."""
+    """Input that cannot be used. The command line prints only its text and exits with code 2."""
 
 
 class RunStopped(ConfigError):
-    """A training that cannot go on: what it has written is whole, and the text says why."""
+    """A training that cannot continue. Its files are complete; the text says why it stopped."""
 
 
 def unknown_name(where: str, name: object, valid: Iterable[str]) -> ConfigError:
-    """The error for a name that is not one of ``valid``, with the nearest valid name.
+    """The error for a name that is not one of ``valid``. It suggests the nearest valid name.
 
     Args:
-        where: what the name was given for, such as ``weighting.name``.
-        name: what was given.
-        valid: every name that would do.
+        where: the key for which the name was given, such as ``weighting.name``.
+        name: the unknown name.
+        valid: every valid name.
     """
     options = sorted(valid)
     near = difflib.get_close_matches(str(name), options, n=1)

@@ -14,9 +14,10 @@ from importlib import import_module
 
 import grap_solo.compose  # noqa: F401 (lets hydra find the files that configurations share)
 from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.keys import Key
 from grap_solo.methods.all4one import GrapAll4One
 from grap_solo.methods.barlow_twins import GrapBarlowTwins
-from grap_solo.methods.composite import CompositeMethod, Key
+from grap_solo.methods.composite import CompositeMethod
 from grap_solo.methods.vibcreg import GrapVIbCReg
 from grap_solo.methods.vicreg import GrapVICReg
 from grap_solo.solo import register_method

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from grap_solo.balance import Step
 from grap_solo.distributed import gather
 from grap_solo.errors import ConfigError
-from grap_solo.methods.composite import POSITIVE, CompositeMethod, Key
+from grap_solo.keys import Key
+from grap_solo.methods.composite import CompositeMethod
 from grap_solo.methods.losses import Projections, Views, contrast, correlation_losses
 from grap_solo.solo.all4one import NEIGHBOURS, All4One
 
@@ -66,12 +67,20 @@ class GrapAll4One(CompositeMethod, All4One):
     """
 
     method_keys = {
-        "temperature": Key(float, POSITIVE),
-        "proj_hidden_dim": Key(int, 1),
-        "proj_output_dim": Key(int, 1),
-        "pred_hidden_dim": Key(int, 1),
-        "queue_size": Key(int, NEIGHBOURS, 65536),
-        "join_feature_loss": Key(bool, default=False),
+        "temperature": Key(float, above=0, doc="The temperature of the neighbour contrast."),
+        "proj_hidden_dim": Key(int, least=1, doc="The width of the projector's hidden layers."),
+        "proj_output_dim": Key(
+            int, least=1, doc="The dimension of the projections; a multiple of 8."
+        ),
+        "pred_hidden_dim": Key(int, least=1, doc="The width of the predictors' hidden layer."),
+        "queue_size": Key(
+            int, least=NEIGHBOURS, default=65536, doc="The number of projections in the queue."
+        ),
+        "join_feature_loss": Key(
+            bool,
+            default=False,
+            doc="Joins `byol` and `barlow` into one term, `feature`, as the authors of GraP do.",
+        ),
     }
     loss_metric = "train_comb_loss"
     term_metrics = {"attn_nnclr": "train_att_nnclr_loss"}

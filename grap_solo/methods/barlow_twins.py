@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from grap_solo.methods.composite import CompositeMethod, Key
+from grap_solo.keys import Key
+from grap_solo.methods.composite import CompositeMethod
 from grap_solo.methods.losses import Projections, barlow_twins_losses, standardize
 from grap_solo.solo.projected import BarlowTwins
 
@@ -32,10 +33,17 @@ class GrapBarlowTwins(CompositeMethod, BarlowTwins):
     """
 
     method_keys = {
-        "proj_hidden_dim": Key(int, 1),
-        "proj_output_dim": Key(int, 1),
-        "scale_loss": Key(float, 0, 0.024),
-        "lamb": Key(float, 0, 0.0051),
+        "proj_hidden_dim": Key(int, least=1, doc="The width of the projector's hidden layers."),
+        "proj_output_dim": Key(int, least=1, doc="The dimension of the projections."),
+        "scale_loss": Key(
+            float, least=0, default=0.024, doc="The reference weight of `on_diagonal`."
+        ),
+        "lamb": Key(
+            float,
+            least=0,
+            default=0.0051,
+            doc="The reference weight of `off_diagonal`, divided by `scale_loss`.",
+        ),
     }
     loss_metric = "train_barlow_loss"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,38 +16,43 @@ from torch import Tensor, nn
 from grap_solo.balance import HeldOut, SharedHead, Step, balance
 from grap_solo.distributed import mean_over_ranks
 from grap_solo.errors import ConfigError
+from grap_solo.keys import Key
 from grap_solo.methods.losses import Projections, Views, probe_loss
 from grap_solo.methods.modules import copy_and_reinitialize, frozen_statistics
 from grap_solo.methods.recorded import RecordedMethod, TermLosses
 from grap_solo.solo import BaseMethod, BaseMomentumMethod, register_backbone
 from grap_solo.solo.base import MomentumUpdater
 from grap_solo.solo.optimizers import lars
-from grap_solo.weighting import build_weighting
+from grap_solo.weighting import DEFAULT_WEIGHTING, build_weighting
 
-POSITIVE = 1e-300
-"""A lower bound that stands for "above 0"."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of ``method_kwargs``.
-
-    Attributes:
-        kind: ``int``, ``float``, ``str`` or ``bool``.
-        least: a number's lower bound; :data:`POSITIVE` if it must be above 0.
-        default: its value where it is not given; without one it must be given.
-
-    Raises:
-        ConfigError: another ``kind``.
-    """
-
-    kind: type
-    least: float | None = None
-    default: Any = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in (int, float, str, bool):
-            raise ConfigError(f"method_keys: a key is an int, float, str or bool, not {self.kind}")
+CONFIG_KEYS: dict[str, dict[str, Key]] = {
+    "performance": {
+        "compile": Key(
+            bool,
+            default=False,
+            doc="Whether `torch.compile` compiles the backbone and the momentum networks. Heads "
+            "stay as they are: a compiled head computes its parameters' gradients in each of the "
+            "K inner passes too.",
+        ),
+    },
+    "diagnostics": {
+        "parameter_space_every": Key(
+            int,
+            least=0,
+            default=0,
+            doc="Steps between two measurements of the alignment in the backbone's parameter "
+            "space; 0 measures none.",
+        ),
+        "max_skipped_steps": Key(
+            int,
+            least=1,
+            default=100,
+            doc="How many steps in a row may be skipped because their loss or gradients are not "
+            "finite, before the run is stopped.",
+        ),
+    },
+}
+"""The keys that a composite method reads besides solo-learn's, by block."""
 
 
 class CompositeMethod(RecordedMethod, ABC):
@@ -69,18 +73,9 @@ class CompositeMethod(RecordedMethod, ABC):
     ``method: package.module:Class``.
 
     Args:
-        cfg: solo-learn's configuration of the method, with these additional keys:
-
-            - ``weighting``: see :func:`~grap_solo.weighting.build_weighting`; the default is GraP;
-            - ``diagnostics.parameter_space_every``: steps between two measurements of
-              :func:`~grap_solo.diagnostics.parameter_space_cosine`; 0, the default, for none;
-            - ``diagnostics.max_skipped_steps``: the run stops after this many steps in a row whose
-              loss or gradients are not finite; each such step is skipped;
-            - ``performance.compile``: whether ``torch.compile`` compiles the backbone and the
-              momentum networks. Heads are not compiled: a compiled head would also compute its
-              parameters' gradients in each of the K inner passes;
-            - ``method_kwargs.separate_projectors``: whether each term has a projector of its own,
-              as in GraP's paper, or all terms share one. The first term uses ``self.projector``.
+        cfg: solo-learn's configuration of the method, and besides it a ``weighting`` block (see
+            :func:`~grap_solo.weighting.build_weighting`; the default is GraP), the keys of
+            :data:`CONFIG_KEYS`, and the keys of :meth:`all_keys` under ``method_kwargs``.
 
     Raises:
         ConfigError: if the ``weighting`` block cannot be used, or the backbone is unknown.
@@ -231,22 +226,23 @@ class CompositeMethod(RecordedMethod, ABC):
 
     @classmethod
     def all_keys(cls) -> dict[str, Key]:
-        """Every key of ``method_kwargs`` that is read: the method's own, and those of all."""
-        return {"separate_projectors": Key(bool, default=False), **cls.method_keys}
+        """The keys of ``method_kwargs``: those of every composite method, and the method's own."""
+        doc = (
+            "A projector for each term, as in GraP's paper, instead of one that the terms share. "
+            "The first term has the method's own projector."
+        )
+        return {"separate_projectors": Key(bool, default=False, doc=doc), **cls.method_keys}
 
     @classmethod
     def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
-        """Fills in the defaults of the base's keys, the method's and those above."""
+        """Fills in the defaults of the base's keys, the method's and :data:`CONFIG_KEYS`."""
         cfg = super().add_and_assert_specific_cfg(cfg)
-        for name, key in cls.all_keys().items():
-            if key.default is not None:
-                cfg.method_kwargs.setdefault(name, key.default)
-        cfg.setdefault("weighting", {"name": "grap"})
-        cfg.setdefault("performance", {})
-        cfg.performance.setdefault("compile", False)
-        cfg.setdefault("diagnostics", {})
-        cfg.diagnostics.setdefault("parameter_space_every", 0)
-        cfg.diagnostics.setdefault("max_skipped_steps", 100)
+        cfg.setdefault("weighting", {"name": DEFAULT_WEIGHTING})
+        for block, keys in {**CONFIG_KEYS, "method_kwargs": cls.all_keys()}.items():
+            cfg.setdefault(block, {})
+            for name, key in keys.items():
+                if key.default is not None:
+                    cfg[block].setdefault(name, key.default)
         return cfg
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from grap_solo.methods.composite import CompositeMethod, Key
+from grap_solo.keys import Key
+from grap_solo.methods.composite import CompositeMethod
 from grap_solo.methods.losses import Projections, normalized_covariance, vicreg_terms
 from grap_solo.methods.vicreg import GrapVICReg
 from grap_solo.solo.vibcreg import IterNorm, VIbCReg
@@ -31,8 +33,10 @@ class GrapVIbCReg(CompositeMethod, VIbCReg):
 
     method_keys = {
         **GrapVICReg.method_keys,
-        "cov_loss_weight": Key(float, 0, 200.0),
-        "iternorm": Key(bool, default=False),
+        "cov_loss_weight": replace(GrapVICReg.method_keys["cov_loss_weight"], default=200.0),
+        "iternorm": Key(
+            bool, default=False, doc="Whitens the projections by iterative normalisation."
+        ),
     }
     loss_metric = "train_vibcreg_loss"
     reference_weights = staticmethod(GrapVICReg.reference_weights)

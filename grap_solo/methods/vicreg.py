@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
-from grap_solo.methods.composite import CompositeMethod, Key
+from grap_solo.keys import Key
+from grap_solo.methods.composite import CompositeMethod
 from grap_solo.methods.losses import Projections, covariance, vicreg_terms
 from grap_solo.solo.projected import VICReg
 
@@ -30,11 +31,17 @@ class GrapVICReg(CompositeMethod, VICReg):
     """
 
     method_keys = {
-        "proj_hidden_dim": Key(int, 1),
-        "proj_output_dim": Key(int, 1),
-        "sim_loss_weight": Key(float, 0, 25.0),
-        "var_loss_weight": Key(float, 0, 25.0),
-        "cov_loss_weight": Key(float, 0, 1.0),
+        "proj_hidden_dim": Key(int, least=1, doc="The width of the projector's hidden layers."),
+        "proj_output_dim": Key(int, least=1, doc="The dimension of the projections."),
+        "sim_loss_weight": Key(
+            float, least=0, default=25.0, doc="The reference weight of `invariance`."
+        ),
+        "var_loss_weight": Key(
+            float, least=0, default=25.0, doc="The reference weight of `variance`."
+        ),
+        "cov_loss_weight": Key(
+            float, least=0, default=1.0, doc="The reference weight of `covariance`."
+        ),
     }
     loss_metric = "train_vicreg_loss"
 

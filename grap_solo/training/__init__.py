@@ -1,1 +1,1 @@
-"""One training run: its configuration, its checkpoints, its loggers and the signals it obeys."""
+"""One training run: its configuration, checkpoints, loggers and the signals that end it."""

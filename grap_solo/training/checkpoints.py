@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and going on from the newest one."""
+"""Where a run starts, and checkpoints that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import random
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.data.sampling import mixed_seed
+from grap_solo.errors import ConfigError
+from grap_solo.methods import CompositeMethod
+from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE
+from grap_solo.solo import BaseMomentumMethod
+
+RESUMABLE = ("state_dict", "global_step", "epoch")
+"""The entries of a checkpoint from which a run can resume."""
+
+WEIGHTING_PREFIX = "weighting."
+"""The prefix of the weighting's names in a method's state dict."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +36,12 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        path: the checkpoint that it goes on from; None at the beginning.
+        path: the checkpoint that it resumes from; None for a new run.
         epoch: the first epoch to train.
-        steps: the optimiser steps before that.
-        seconds: what these took.
-        online: the online probe's top-1 after them, in percent, if it was validated.
+        steps: the optimiser steps that were trained before.
+        seconds: how long these took.
+        online: the online probe's top-1 after these, in percent; None if it was not validated.
+        weighting: the weighting's part of the checkpoint's state dict.
     """
 
     path: Path | None = None
@@ -36,20 +49,173 @@ class Start:
     steps: int = 0
     seconds: float = 0.0
     online: float | None = None
+    weighting: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
+    """Decides where a run starts. Never overwrites a run; resumes an interrupted one.
+
+    Every process must call it: all of them must raise, or the others deadlock.
+
+    Args:
+        source: the configuration as the run keeps it.
+        cfg: the same, prepared.
+        directory: the run's folder.
+
+    Raises:
+        ConfigError: the folder holds a finished run or another one, or the checkpoint to resume
+            cannot be used.
+    """
+    taken = (directory / CONFIG_FILE).exists()
+    found: tuple[Path, dict[str, Any]] | None = None
+    if cfg.resume_from_checkpoint is not None:
+        path = Path(cfg.resume_from_checkpoint)
+        key = f"resume_from_checkpoint: {path}"
+        found = path, read_checkpoint(path, key)
+        if taken and directory.resolve() not in path.resolve().parents:
+            raise ConfigError(f"{key}: it is not of the run in {directory}: give another name")
+    elif taken:
+        if (directory / TRAINED_FILE).exists():
+            raise ConfigError(
+                f"name: {directory} already holds a run: give another name or checkpoint.dir"
+            )
+        differing = different_keys(source, directory)
+        if differing:
+            raise ConfigError(
+                f"name: {directory} already holds a run with another '{differing[0]}': give "
+                "another name or checkpoint.dir"
+            )
+        found = newest_whole(directory / CHECKPOINTS_FOLDER, cfg.name)
+    if found is None:
+        return Start()
+    path, state = found
+    return Start(
+        path,
+        state["epoch"] + 1,
+        state["global_step"],
+        state.get("seconds", 0.0),
+        state.get("online"),
+        {k: v for k, v in state["state_dict"].items() if k.startswith(WEIGHTING_PREFIX)},
+    )
+
+
+def read_checkpoint(path: Path, key: str, parts: Sequence[str] = RESUMABLE) -> dict[str, Any]:
+    """Reads a checkpoint that a key names.
+
+    Args:
+        path: the checkpoint.
+        key: the key and its value, for the error.
+        parts: the entries that the checkpoint must have.
+
+    Raises:
+        ConfigError: no such file, or not a whole checkpoint.
+    """
+    try:
+        return _load_whole(path, parts)
+    except FileNotFoundError:
+        raise ConfigError(f"{key}: no such file: give a run's checkpoint") from None
+    except Exception:
+        raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
+
+
+def _load_whole(path: Path, parts: Sequence[str] = RESUMABLE) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return {**state, **{name: state[name] for name in parts}}  # Raises if one is missing.
+
+
+def different_keys(source: DictConfig, directory: Path) -> list[str]:
+    """The first-level keys in which a configuration differs from that of the run in a folder."""
+    theirs: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE))
+    ours = resolve_source(source)
+    return sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+
+
+def resolve_source(source: DictConfig) -> dict[Any, Any]:
+    """Resolves a configuration as its run keeps it: without hydra's keys and the checkpoint from
+    which it was resumed."""
+    resolved = OmegaConf.to_container(source, resolve=True)
+    assert isinstance(resolved, dict)
+    for key in ("hydra", "resume_from_checkpoint"):
+        resolved.pop(key, None)
+    return resolved
+
+
+def check_same_weighting(model: CompositeMethod, start: Start, key: str) -> None:
+    """Refuses a checkpoint of a run with another weighting or other terms.
+
+    Args:
+        model: before it is trained.
+        start: where the run starts.
+        key: the key that names the checkpoint, for the error.
+
+    Raises:
+        ConfigError: the states of the weightings differ in a name or shape.
+    """
+    theirs = {name: getattr(value, "shape", None) for name, value in start.weighting.items()}
+    state = model.weighting.state_dict(prefix=WEIGHTING_PREFIX)
+    ours = {name: getattr(value, "shape", None) for name, value in state.items()}
+    if theirs != ours:
+        raise ConfigError(
+            f"{key}: {start.path}: it is of a run with another weighting or other terms"
+        )
+
+
+def load_backbone(model: CompositeMethod, path: Path) -> None:
+    """Starts the backbone and its momentum copy from a checkpoint of the same backbone.
+
+    Raises:
+        ConfigError: not such a checkpoint.
+    """
+    key = f"pretrained_feature_extractor: {path}"
+    state = read_checkpoint(path, key, ("state_dict",))["state_dict"]
+    prefix = "backbone."
+    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    try:
+        model.backbone.load_state_dict(backbone)
+        if isinstance(model, BaseMomentumMethod):
+            model.momentum_backbone.load_state_dict(backbone)
+    except RuntimeError:
+        raise ConfigError(
+            f"{key}: its backbone is not a {model.cfg.backbone.name}: set backbone.name to that "
+            "run's backbone"
+        ) from None
+
+
+def epoch_checkpoints(folder: Path, name: str) -> list[Path]:
+    """A run's checkpoints, the newest epoch first."""
+
+    def epoch(path: Path) -> int:
+        number = path.stem.removeprefix(f"{name}-ep=")
+        return int(number) if number.isdigit() else -1
+
+    return sorted((p for p in folder.glob("*.ckpt") if epoch(p) >= 0), key=epoch, reverse=True)
+
+
+def newest_whole(folder: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest readable checkpoint of a run, and its content; None if there is none.
+
+    Checkpoints that are cut short or foreign are skipped with a warning.
+    """
+    for path in epoch_checkpoints(folder, name):
+        try:
+            return path, _load_whole(path)
+        except Exception as error:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"{path} is not a whole checkpoint and is skipped: {line}", stacklevel=2)
+    return None
 
 
 class EpochCheckpoint(Checkpoint):
-    """A checkpoint at the end of every ``frequency`` epochs and of the last one.
+    """Writes a checkpoint at the end of every ``frequency`` epochs and of the last epoch.
 
-    It is written beside its place, brought to the disk and moved into it only when the epoch's
-    metrics are on the disk too, so that what a resumed run finds is of one moment. The one before
-    is removed after that.
+    A checkpoint gets its final name only when it and the epoch's metrics are on the disk, so that a
+    resumed run finds files of the same moment. Then the previous checkpoint is removed.
 
     Args:
-        folder: where to.
+        folder: the checkpoints' folder.
         name: the run's name: files are ``<name>-ep=<epoch>.ckpt``.
         frequency: epochs between two checkpoints.
-        keep: keep all of them.
+        keep: whether to keep all checkpoints.
         start: where the run starts.
     """
 
@@ -61,14 +227,14 @@ class EpochCheckpoint(Checkpoint):
         self.saved_at = -1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = trainer.callback_metrics.get("val_acc1")  # Each process asks: it may be shared.
+        found = trainer.callback_metrics.get("val_acc1")  # All processes: it may synchronise.
         if found is not None and not trainer.sanity_checking:
             self.online = found.item()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """What the run's end tells and nothing else in the checkpoint knows."""
+        """Adds the last accuracy and the elapsed seconds."""
         checkpoint |= {"online": self.online, "seconds": time.monotonic() - self.began}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,22 +247,23 @@ class EpochCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._commit(trainer)
-        if trainer.global_step and self.saved_at != trainer.global_step:  # Ended by its steps.
+        if trainer.global_step and self.saved_at != trainer.global_step:  # Stopped by max_steps.
             self._save(trainer, max(trainer.current_epoch - 1, 0))
             self._commit(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Stopped by a signal: what has been trained so far is written too."""
+        """Writes a checkpoint when a signal stops the training."""
         waiting = self.interrupted.with_suffix(".ckpt.new")
         if not trainer.global_step:
             return
         if isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(waiting)  # Where all processes are.
+            trainer.save_checkpoint(waiting)  # All processes are here.
         elif isinstance(exception, KeyboardInterrupt):
+            # No collective here: other processes may be in the middle of a step.
             state = trainer._checkpoint_connector.dump_checkpoint()
-            trainer.strategy.save_checkpoint(state, waiting)  # The others may be anywhere.
+            trainer.strategy.save_checkpoint(state, waiting)
         else:
             return
         if trainer.is_global_zero:
@@ -119,7 +286,7 @@ class EpochCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         _put_in_place(waiting, final)
-        self.interrupted.unlink(missing_ok=True)  # Of an earlier stop: this one is newer.
+        self.interrupted.unlink(missing_ok=True)  # Of an earlier stop, and older.
         if not self.keep:
             for path in epoch_checkpoints(self.folder, self.name):
                 if path != final:
@@ -127,7 +294,7 @@ class EpochCheckpoint(Checkpoint):
 
 
 def _put_in_place(waiting: Path, final: Path) -> None:
-    """Gives a file its name when all of it is on the disk."""
+    """Gives a file its final name once all of it is on the disk."""
     _to_disk(waiting)
     os.replace(waiting, final)
     _to_disk(final.parent)
@@ -142,36 +309,9 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def epoch_checkpoints(folder: Path, name: str) -> list[Path]:
-    """A run's checkpoints, the newest epoch first."""
-
-    def epoch(path: Path) -> int:
-        number = path.stem.removeprefix(f"{name}-ep=")
-        return int(number) if number.isdigit() else -1
-
-    return sorted((p for p in folder.glob("*.ckpt") if epoch(p) >= 0), key=epoch, reverse=True)
-
-
-def newest_whole(folder: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run that can be read, and what it holds; None without any.
-
-    One that is cut short or foreign is skipped with a warning.
-    """
-    for path in epoch_checkpoints(folder, name):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state["state_dict"], state["global_step"], state["epoch"]
-        except Exception as error:
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"{path} is not a whole checkpoint and is left out: {line}", stacklevel=2)
-            continue
-        return path, state
-    return None
-
-
 class EpochSeed(Callback):
-    """Starts the random numbers of each epoch (dropout's) anew from seed and epoch, so that they do
-    not depend on what was drawn before.
+    """Seeds the random numbers of each epoch, such as dropout's, from the run's seed and the epoch:
+    they do not depend on earlier draws, so a resumed run draws the same.
 
     Args:
         seed: the run's seed.

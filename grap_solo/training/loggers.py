@@ -1,4 +1,4 @@
-"""What a training tells while it runs: a progress bar, ``metrics.csv`` and W&B."""
+"""The progress bar and the loggers of a training: ``metrics.csv`` and W&B."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from grap_solo.records.weights import format_weight
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes, before they are joined too."""
+    """Whether this process writes the files. It also works before the processes are joined."""
     return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 class WeightsProgressBar(TQDMProgressBar):
-    """Epoch, the current effective weights and the probe's accuracy."""
+    """Shows the epoch, the current effective weights and the probe's accuracy."""
 
     accuracy: float | None = None
 
@@ -44,16 +44,17 @@ class WeightsProgressBar(TQDMProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        # Here, for it makes the processes wait for each other, and only the first one has a bar.
+        # Every process reads it here: reading synchronises, and only the first process has a bar.
         found = trainer.callback_metrics.get("val_acc1")
         self.accuracy = None if found is None else found.item()
 
     def init_validation_tqdm(self) -> Tqdm:
-        return Tqdm(disable=True)  # One bar is enough: its probe shows what validation found.
+        return Tqdm(disable=True)  # One bar is enough: it shows the validation accuracy.
 
 
 class SafeWandbLogger(WandbLogger):
-    """W&B that cannot stop a run: its first failure is a warning, and the CSV files go on."""
+    """A W&B logger that never stops a run. Its first failure gives a warning and disables it; the
+    CSV files are written as before."""
 
     failed = False
 
@@ -62,16 +63,16 @@ class SafeWandbLogger(WandbLogger):
             return
         try:
             method(*args, **kwargs)
-        except Exception as error:  # Whatever it is, the run matters more.
+        except Exception as error:  # A logger's failure must not stop the run.
             self.failed = True
             warnings.warn(
-                f"W&B failed and is left out from here on ({error}); metrics.csv goes on. "
-                "Set wandb.offline=True or wandb.enabled=False to do without its server",
+                f"W&B failed and is left out from here on ({error}); metrics.csv is still "
+                "written. Set wandb.offline=True or wandb.enabled=False to run without its server",
                 stacklevel=2,
             )
 
     def start(self, hparams: dict[str, Any]) -> bool:
-        """Opens the run and logs the configuration; False if that failed."""
+        """Opens the run and logs the configuration. Returns False if that failed."""
         self._guard(lambda: self.experiment)
         self.log_hyperparams(hparams)
         return not self.failed
@@ -90,16 +91,16 @@ class SafeWandbLogger(WandbLogger):
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Lightning's ``metrics.csv``, which goes on where a checkpoint left it.
+    """Lightning's ``metrics.csv``. A resumed run keeps the rows from before its checkpoint.
 
     Args:
-        folder: where to write.
-        steps: the optimiser steps after which to go on; 0 starts a new file.
+        folder: the run's folder.
+        steps: the optimiser steps before the checkpoint; 0 starts a new file.
     """
 
     def __init__(self, folder: Path, steps: int = 0) -> None:
         super().__init__(str(folder), name="", version="")
-        # Lightning removes the file when it starts: until ours is in its place there is a copy.
+        # Lightning removes the file when it starts. A copy keeps the rows until they are back.
         self.copy = folder / f"{METRICS_FILE}.copy"
         path = self.copy if self.copy.exists() else folder / METRICS_FILE
         rows: list[dict[str, str]] = []
@@ -121,7 +122,7 @@ class ResumableCSVLogger(CSVLogger):
                 table.writeheader()
                 table.writerows(rows)
         else:
-            self.copy.unlink(missing_ok=True)  # Of a run that was before this one.
+            self.copy.unlink(missing_ok=True)  # Of an earlier run.
         writer = super().experiment
         if rows:
             os.replace(self.copy, writer.metrics_file_path)
@@ -130,9 +131,9 @@ class ResumableCSVLogger(CSVLogger):
 
 
 def wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
-    """W&B's logger with its run opened; None, with a warning, if that cannot be done.
+    """Makes W&B's logger and opens its run. Returns None, with a warning, if that fails.
 
-    A run that goes on goes on in its W&B run; a sweep's agent says itself which one that is.
+    A resumed run continues its W&B run, unless a sweep's agent sets ``WANDB_RUN_ID``.
     """
     known = {"id": os.environ.get("WANDB_RUN_ID")}
     if known["id"] is None:
@@ -150,8 +151,8 @@ def wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
         )
     except ModuleNotFoundError:
         warnings.warn(
-            "W&B failed and is left out: it is not installed (pip install wandb); metrics.csv "
-            "goes on",
+            "W&B failed and is left out: it is not installed (pip install wandb); metrics.csv is "
+            "still written",
             stacklevel=2,
         )
         return None
@@ -161,7 +162,8 @@ def wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
 
 @contextlib.contextmanager
 def wandb_run() -> Iterator[None]:
-    """Ends W&B's run with the training: the next one in this process would go on in it."""
+    """Ends W&B's run with the training, so that the next training in this process starts its own
+    W&B run."""
     failed = True
     try:
         yield
@@ -169,5 +171,5 @@ def wandb_run() -> Iterator[None]:
     finally:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
-            with contextlib.suppress(Exception):  # Whatever it is, the run matters more.
+            with contextlib.suppress(Exception):  # A logger's failure must not stop the run.
                 wandb.finish(int(failed))

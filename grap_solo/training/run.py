@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,16 @@ from grap_solo.records.files import (
     write_json,
 )
 from grap_solo.report.plots import plot_weights
-from grap_solo.solo import BaseMomentumMethod, describe_base
+from grap_solo.solo import describe_base
 from grap_solo.training.checkpoints import (
     EpochCheckpoint,
     EpochSeed,
     Start,
+    check_same_weighting,
     epoch_checkpoints,
-    newest_whole,
+    find_start,
+    load_backbone,
+    resolve_source,
 )
 from grap_solo.training.config import images_per_step, prepare, run_dir, terms_of
 from grap_solo.training.loggers import (
@@ -64,8 +67,12 @@ from grap_solo.training.loggers import (
     wandb_logger,
     wandb_run,
 )
-from grap_solo.training.signals import AGAIN, TERMINATED, in_words, let_sigterm_wait_for_the_step
-from grap_solo.weighting import build_weighting
+from grap_solo.training.signals import (
+    AGAIN,
+    TERMINATED,
+    end_after_step_on_sigterm,
+    explain_machine_failure,
+)
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,9 @@ class Run:
     """A finished run.
 
     Attributes:
-        directory: where its files are.
+        directory: the folder of its files.
         model: the trained method, in eval mode.
-        cfg: the configuration that it was built from.
+        cfg: the prepared configuration from which the method was built.
         accuracy: the online probe's last top-1 on the validation set, in percent; None without
             a validation set.
     """
@@ -91,57 +98,47 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     ``weights.png``, ``median_weights.yaml``, ``trained.json`` and ``checkpoints/`` with
     solo-learn's ``args.json``.
 
-    A run that was cut short goes on from its newest whole checkpoint when it is started again with
-    the same configuration. On a CPU it ends with the same numbers, to the bit, as if it had not
-    been: nothing random depends on more than the seed, the epoch and the image.
+    Starting an interrupted run again with the same configuration resumes it from its newest whole
+    checkpoint. On a CPU it then ends with the same numbers, to the bit, as an uninterrupted run:
+    random numbers depend only on the seed, the epoch and the image.
 
     Args:
         source: a composed configuration with solo-learn's keys.
-        callbacks: Lightning's, besides those that every run has.
+        callbacks: Lightning callbacks to add to those of every run.
 
     Raises:
-        ConfigError: anything in it that cannot be used, or a run directory that is taken.
-        KeyboardInterrupt: Ctrl-C; a checkpoint of that moment is written, ``<name>-interrupted``.
-        SystemExit: SIGTERM; likewise, of the end of its step.
+        ConfigError: a key that cannot be used, or a run folder that is taken.
+        KeyboardInterrupt: Ctrl-C. It leaves a checkpoint of that moment, ``<name>-interrupted``.
+        SystemExit: SIGTERM. It leaves the same checkpoint, of the end of the current step.
     """
     cfg = prepare(source)
     directory = run_dir(cfg)
-    start = _where_to_start(source, cfg, directory)
+    start = find_start(source, cfg, directory)
     _quiet()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
     train_loader, val_loader, labelled = _loaders(cfg, start.epoch)
     model = find_method(cfg.method)(cfg)
+    if cfg.resume_from_checkpoint is not None:
+        check_same_weighting(model, start, "resume_from_checkpoint")
     if cfg.pretrained_feature_extractor is not None:
-        _load_backbone(model, Path(cfg.pretrained_feature_extractor))
-    _make_directory(directory)
+        load_backbone(model, Path(cfg.pretrained_feature_extractor))
+    _make_run_folder(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     trainer = _trainer(cfg, directory, callbacks, start)
-    let_sigterm_wait_for_the_step(trainer)
+    end_after_step_on_sigterm(trainer)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
         if labelled is not None:
             np.savetxt(directory / LABELS_FILE, labelled, fmt="%d", header="index", comments="")
-        says = f"{cfg.name}: {cfg.method}, {describe_base(type(model))}, files in {directory}"
-        print(says + (f", going on after epoch {start.epoch - 1}" * bool(start.epoch)), flush=True)
+        resumed = f", resuming after epoch {start.epoch - 1}" if start.epoch else ""
+        base = describe_base(type(model))
+        print(f"{cfg.name}: {cfg.method}, {base}, files in {directory}{resumed}", flush=True)
     began = time.monotonic()
-    with wandb_run():
-        try:
-            trainer.fit(model, train_loader, val_loader, ckpt_path=start.path, weights_only=True)
-        except SystemExit as end:  # Lightning's answer to both signals.
-            terminated = isinstance(end, SIGTERMException)
-            if not terminated and not isinstance(end.__context__, KeyboardInterrupt):
-                raise
-            if trainer.is_global_zero:
-                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER, cfg.name)
-                says = f"{cfg.name}: stopped after step {trainer.global_step}: "
-                print(says + (AGAIN if saved else "start it again"), file=sys.stderr)
-            raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
-        except (OSError, RuntimeError) as error:
-            raise in_words(error, directory) from error
+    _fit(trainer, model, (train_loader, val_loader), cfg, start)
     accuracy = trainer.callback_metrics.get("val_acc1")
-    # Killed after its last checkpoint, a run has no epoch left to be validated in.
+    # A run that was killed after its last checkpoint has no epoch left to validate.
     online = start.online if accuracy is None else accuracy.item()
     if trainer.is_global_zero and trainer.global_step:
         record, picture = directory / WEIGHTS_FILE, directory / PICTURE_FILE
@@ -149,6 +146,32 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         seconds = start.seconds + time.monotonic() - began
         write_json(directory / TRAINED_FILE, {"online": online, "seconds": seconds})
     return Run(directory, model.eval(), cfg, online)
+
+
+def _fit(
+    trainer: pl.Trainer,
+    model: CompositeMethod,
+    loaders: tuple[Any, Any],
+    cfg: DictConfig,
+    start: Start,
+) -> None:
+    """Trains a model from where the run starts. See :func:`pretrain` for the errors."""
+    directory = run_dir(cfg)
+    with wandb_run():
+        try:
+            trainer.fit(model, *loaders, ckpt_path=start.path, weights_only=True)
+        except SystemExit as end:  # Lightning raises it for both signals.
+            terminated = isinstance(end, SIGTERMException)
+            if not terminated and not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            if trainer.is_global_zero:
+                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER, cfg.name)
+                advice = AGAIN if saved else "start it again"
+                stopped = f"{cfg.name}: stopped after step {trainer.global_step}"
+                print(f"{stopped}: {advice}", file=sys.stderr)
+            raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
+        except (OSError, RuntimeError) as error:
+            raise explain_machine_failure(error, directory) from error
 
 
 def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
@@ -175,117 +198,8 @@ def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
     return train_loader, val_loader, labelled
 
 
-def _where_to_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
-    """Keeps what is there: a finished or another run is written over by nothing, and one that was
-    cut short is gone on with.
-
-    Raises:
-        ConfigError: the directory is taken, or the checkpoint that is asked for is not usable.
-    """
-    asked = cfg.resume_from_checkpoint
-    taken = (directory / CONFIG_FILE).exists()
-    found: tuple[Path, dict[str, Any]] | None = None
-    if asked is not None:
-        path = Path(asked)
-        key = f"resume_from_checkpoint: {path}"
-        found = path, _read_checkpoint(path, key)
-        _check_weighting_state(cfg, found[1]["state_dict"], key)
-        if taken and directory.resolve() not in path.resolve().parents:
-            raise ConfigError(f"{key}: it is not of the run in {directory}: give another name")
-    elif taken:  # Every process: one that is not refused would wait for those that are.
-        if (directory / TRAINED_FILE).exists():
-            raise ConfigError(
-                f"name: {directory} already holds a run: give another name or checkpoint.dir"
-            )
-        differing = different_keys(source, directory)
-        if differing:
-            raise ConfigError(
-                f"name: {directory} already holds a run with another '{differing[0]}': give "
-                "another name or checkpoint.dir"
-            )
-    if asked is None and taken:
-        found = newest_whole(directory / CHECKPOINTS_FOLDER, cfg.name)
-    if found is None:
-        return Start()
-    path, state = found
-    return Start(
-        path,
-        state["epoch"] + 1,
-        state["global_step"],
-        state.get("seconds", 0.0),
-        state.get("online"),
-    )
-
-
-def _read_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        state["state_dict"], state["global_step"], state["epoch"]
-    except FileNotFoundError:
-        raise ConfigError(f"{key}: no such file") from None
-    except Exception:
-        raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
-    return state
-
-
-def different_keys(source: DictConfig, directory: Path) -> list[str]:
-    """The first-level keys in which a configuration differs from that of the run in a folder."""
-    theirs: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE))
-    ours = _plain(source)
-    return sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
-
-
-def _plain(source: DictConfig) -> dict[Any, Any]:
-    """A configuration as its run keeps it: from the start, and without hydra's own."""
-    plain = OmegaConf.to_container(source, resolve=True)
-    assert isinstance(plain, dict)
-    for key in ("hydra", "resume_from_checkpoint"):
-        plain.pop(key, None)
-    return plain
-
-
-def _check_weighting_state(cfg: DictConfig, saved: Mapping[str, Any], key: str) -> None:
-    """Whether a checkpoint's state is of the same weighting and terms."""
-    block: Any = OmegaConf.to_container(cfg.weighting, resolve=True)
-    weighting = build_weighting(block, tuple(terms_of(cfg)), terms_of(cfg))
-    prefix = "weighting."
-    theirs = {
-        name.removeprefix(prefix): getattr(value, "shape", None)
-        for name, value in saved.items()
-        if name.startswith(prefix)
-    }
-    ours = {name: getattr(value, "shape", None) for name, value in weighting.state_dict().items()}
-    if theirs != ours:
-        raise ConfigError(f"{key}: it is of a run with another weighting or other terms")
-
-
-def _load_backbone(model: CompositeMethod, path: Path) -> None:
-    """Starts the backbone and its momentum copy where a checkpoint of the same backbone is.
-
-    Raises:
-        ConfigError: not such a checkpoint.
-    """
-    key = f"pretrained_feature_extractor: {path}"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except FileNotFoundError:
-        raise ConfigError(f"{key}: no such file: give a run's checkpoint") from None
-    except Exception:
-        raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
-    prefix = "backbone."
-    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    try:
-        model.backbone.load_state_dict(backbone)
-        if isinstance(model, BaseMomentumMethod):
-            model.momentum_backbone.load_state_dict(backbone)
-    except RuntimeError:
-        raise ConfigError(
-            f"{key}: its backbone is not a {model.cfg.backbone.name}: give backbone.name as it was"
-        ) from None
-
-
-def _make_directory(directory: Path) -> None:
-    """The run's folders, without what a checkpoint that was cut short has left."""
+def _make_run_folder(directory: Path) -> None:
+    """Makes a run's folders and removes unfinished checkpoints from them."""
     try:
         (directory / CHECKPOINTS_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -298,10 +212,10 @@ def _make_directory(directory: Path) -> None:
 def _trainer(
     cfg: DictConfig, directory: Path, further: Sequence[Callback], start: Start
 ) -> pl.Trainer:
-    """A Trainer from every key of the configuration that is one of its arguments."""
+    """Makes a Trainer from the configuration's keys that are arguments of it."""
     callbacks: list[Callback] = [EpochSeed(cfg.seed), *further]
     if cfg.get("enable_progress_bar", True):
-        # Lines that cannot be overwritten are better few: one for each epoch.
+        # Without a terminal, lines cannot be overwritten: print one for each epoch.
         refresh = 1 if sys.stdout.isatty() else sys.maxsize
         callbacks.append(WeightsProgressBar(refresh_rate=refresh, leave=True))
     if cfg.checkpoint.enabled:
@@ -330,7 +244,7 @@ def _trainer(
         default_root_dir=str(directory),
         enable_checkpointing=cfg.checkpoint.enabled,
         enable_model_summary=False,
-        use_distributed_sampler=False,  # The loaders' own share the images out.
+        use_distributed_sampler=False,  # The loaders have their own samplers.
     )
     try:
         return pl.Trainer(**kwargs)
@@ -339,19 +253,19 @@ def _trainer(
 
 
 def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None:
-    """``config.yaml`` to train from again, and ``args.json`` as solo-learn's scripts read it."""
+    """Writes ``config.yaml``, to train from again, and ``args.json`` for solo-learn's scripts."""
     with whole_file(directory / CONFIG_FILE) as file:
-        OmegaConf.save(OmegaConf.create(_plain(source)), file)
+        OmegaConf.save(OmegaConf.create(resolve_source(source)), file)
     arguments = OmegaConf.to_container(cfg, resolve=True)
     (directory / CHECKPOINTS_FOLDER / ARGS_FILE).write_text(json.dumps(arguments, indent=1))
 
 
 def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:
-    """The prepared configuration of a run that is compared with others on validation images.
+    """Prepares the configuration of a run to be compared with others on validation images.
 
     Args:
         source: as :func:`pretrain` takes it.
-        what: who compares, for the errors' text.
+        what: the name of the comparison, for the errors.
 
     Raises:
         ConfigError: no labelled validation images, several devices, or what ``prepare`` refuses.
@@ -377,7 +291,7 @@ def no_validation(cfg: DictConfig) -> bool:
 
 
 def _quiet() -> None:
-    """Leaves out what says nothing about this run."""
+    """Hides messages that say nothing about this run."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -386,6 +300,6 @@ def _quiet() -> None:
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.*",
-        ".*recommended to use .self.log..skipped/.*sync_dist=True.*",  # The same everywhere.
+        ".*recommended to use .self.log..skipped/.*sync_dist=True.*",  # It is equal everywhere.
     ):
         warnings.filterwarnings("ignore", message)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.keys import refuse_unknown
 from grap_solo.weighting.base import CAUSES, Statistics, Weighting
 from grap_solo.weighting.dwa import DWA
 from grap_solo.weighting.equal import Equal
@@ -47,8 +47,12 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "supervised": Supervised,
 }
 
+DEFAULT_WEIGHTING = "grap"
+"""The rule of a method that takes a ``weighting:`` block and is given none."""
+
 __all__ = [
     "CAUSES",
+    "DEFAULT_WEIGHTING",
     "WEIGHTINGS",
     "Equal",
     "Fixed",
@@ -56,6 +60,7 @@ __all__ = [
     "Statistics",
     "Weighting",
     "build_weighting",
+    "find_weighting",
 ]
 
 
@@ -64,7 +69,7 @@ def build_weighting(
     terms: Sequence[str],
     reference: Mapping[str, float] | None = None,
 ) -> Weighting:
-    """The weighting that a ``weighting:`` block describes.
+    """Builds the weighting that a ``weighting:`` block describes.
 
     Args:
         config: ``name`` and the rule's own keys.
@@ -72,32 +77,25 @@ def build_weighting(
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
 
     Raises:
-        ConfigError: an unknown name or key, or a value that the rule refuses.
+        ConfigError: an unknown name or key, or a value that its key cannot take.
     """
-    keys = dict(config)
-    name = keys.pop("name", None)
+    given = dict(config)
+    rule = find_weighting(given.pop("name", None))
+    refuse_unknown(rule.keys, given, "weighting")  # Here: `terms` would clash with the argument.
+    return rule(terms, reference, **given)
+
+
+def find_weighting(name: object) -> type[Weighting]:
+    """The class of a rule.
+
+    Args:
+        name: one of ``WEIGHTINGS``.
+
+    Raises:
+        ConfigError: no name, or an unknown one.
+    """
     if name is None:
         raise ConfigError(f"weighting.name: missing: use one of {', '.join(sorted(WEIGHTINGS))}")
     if not isinstance(name, str) or name not in WEIGHTINGS:
         raise unknown_name("weighting.name", name, WEIGHTINGS)
-    rule = WEIGHTINGS[name]
-    valid = _keys(rule)
-    for key in keys:
-        if key not in valid:
-            if not valid:
-                raise ConfigError(f"weighting: '{name}' takes no keys: remove '{key}'")
-            raise unknown_name(f"weighting ({name})", key, valid)
-    return rule(terms, reference, **keys)
-
-
-def _keys(rule: type[Weighting]) -> set[str]:
-    """The keys that a rule takes: its constructor's, and its base's where it passes them on."""
-    keys: set[str] = set()
-    for each in rule.__mro__:
-        constructor = vars(each).get("__init__")
-        if constructor is not None:
-            parameters = inspect.signature(constructor).parameters.values()
-            keys |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                break
-    return keys
+    return WEIGHTINGS[name]

@@ -1,24 +1,33 @@
-"""What a weighting is: a rule that turns one step's statistics into K effective weights."""
+"""The base of all weightings: a rule turns one step's statistics into K effective weights."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.keys import Key, read_keys
 
 SCALES = ("none", "reference", "unit")
 HEADS = ("weighted", "unweighted", "reference")
 SHARED_HEADS = ("sum", "weights")
 
+WEIGHTS = Key(
+    dict,
+    least=0,
+    optional=True,
+    doc="The weight of each term; the reference weights "
+    "when left out. A term of weight 0 is not computed.",
+)
+"""A constant weight for each term."""
+
 CAUSES = ("", "held", "unlabelled", "not finite", "no composite gradient", "every weight 0")
-"""Why a step was not learned from; the first stands for a step that was."""
+"""The reasons why a rule does not learn from a step. The first, "", means that it learned."""
 
 FIRST_INNER_SCALE = 2.0**14
 STEPS_TO_GROW = 2000
@@ -26,17 +35,17 @@ STEPS_TO_GROW = 2000
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a weighting may look at. Everything is detached, and across processes that of the
-    joined batch.
+    """One step's numbers, from which a weighting computes its weights. Everything is detached. In a
+    distributed run the numbers are those of the joined batch.
 
     Attributes:
-        losses: the K terms' values, shape (K,); those of this process alone for a weighting that
-            does not use them.
-        gramian: ``C = G G^T`` of the embedding gradients, shape (K, K); None where the weighting
+        losses: the K terms' values, shape (K,). For a weighting that does not use them they are
+            those of this process alone.
+        gramian: ``C = G G^T`` of the embedding gradients, shape (K, K); None if the weighting
             needs no gradients.
-        products: ``p = G g_down``, shape (K,); None likewise.
-        downstream_norm: the Euclidean norm of ``g_down``, shape (); None likewise. It is 0 for
-            a batch without labels.
+        products: ``p = G g_down``, shape (K,); None if the weighting needs no gradients.
+        downstream_norm: the Euclidean norm of ``g_down``, shape (); None if the weighting needs no
+            gradients. It is 0 for a batch without labels.
     """
 
     losses: Tensor
@@ -45,47 +54,75 @@ class Statistics:
     downstream_norm: Tensor | None = None
 
 
+def treatment_keys(scale: str = "none", heads: str = "weighted") -> dict[str, Key]:
+    """The three keys that say what is done with a rule's weights, with a rule's own defaults."""
+    return {
+        "scale": Key(
+            float,
+            above=0,
+            choices=SCALES,
+            default=scale,
+            doc="The norm of the composite gradient at the embedding. `none` leaves the rule's "
+            "weights as they are; `reference` gives it the norm that the reference weights would "
+            "give it at this step; `unit` the norm 1; a number that norm.",
+        ),
+        "heads": Key(
+            str,
+            choices=HEADS,
+            default=heads,
+            doc="What trains each term's own head: `weighted`, the term times its effective "
+            "weight, as in loss = sum_k w_k L_k; `unweighted`, the term alone; `reference`, the "
+            "term times its reference weight.",
+        ),
+        "shared_heads": Key(
+            str,
+            choices=SHARED_HEADS,
+            default="sum",
+            doc="What trains a module that several terms share, such as a projector: `sum`, the "
+            "sum of what the terms' heads get; `weights`, the same weighted sum as the backbone.",
+        ),
+    }
+
+
 class Weighting(nn.Module, ABC):
     """Base of all weightings. In ``eval()`` mode a weighting that learns holds its weights.
 
-    A rule gives a *direction*, K weights; three keys, which every rule takes, say what is done
-    with them. Each rule's own defaults are those of its source.
+    A rule gives a *direction*, K weights. The three keys of :func:`treatment_keys`, which almost
+    every rule takes, say what is done with them. Each rule's own defaults are those of its source.
 
     Args:
-        terms: the names of the K terms, in the order in which every K-vector here stands.
+        terms: the names of the K terms. Every K-vector here stands in their order.
         reference: the method's own default weight of each term; 1 for each when None.
-        scale: the norm of the composite gradient ``w^T G`` at the embedding: ``none`` leaves the
-            rule's weights as they are; ``reference``, the norm that the reference weights would
-            give it at this step; ``unit``, 1; or a positive number.
-        heads: what each term's own head is trained by: ``weighted``, its term times the effective
-            weight, as in ``loss = sum_k w_k L_k``; ``unweighted``, the term alone; ``reference``,
-            the term times its reference weight.
-        shared_heads: what a module that several terms share (a projector, say) gets: ``sum``,
-            the sum of what the terms' heads get, or ``weights``, the same weighted sum as the
-            backbone.
+        given: the rule's keys; :attr:`keys` has the type, range, default and meaning of each.
 
     Raises:
-        ConfigError: no terms, a name twice, reference weights that do not fit the terms, or an
-            unknown ``scale``, ``heads`` or ``shared_heads``.
+        ConfigError: no terms, a name twice, reference weights that do not fit the terms, an
+            unknown key, or a value that its key cannot take.
     """
 
+    keys: ClassVar[Mapping[str, Key]] = treatment_keys()
+    """The keys that the rule takes in a ``weighting:`` block and in its constructor."""
+
     uses_gradients = False
-    """Whether the rule looks at the Gramian or the products."""
+    """Whether the rule reads the Gramian or the products."""
 
     uses_losses = False
-    """Whether the rule looks at the losses' values, which are then those of the joined batch."""
+    """Whether the rule reads the losses' values. They are then those of the joined batch."""
 
-    default_scale: str = "none"
-    default_heads: str = "weighted"
+    trains_on_labels = False
+    """Whether the downstream loss trains the backbone."""
+
+    needs_losses_after = False
+    """Whether :meth:`after_step` must be called."""
 
     warmup_epochs = 0
     """Epochs for which a training loop that counts epochs keeps the weighting in eval mode."""
 
     downstream_weight = 0.0
-    """With which weight the downstream loss reaches the backbone."""
+    """The weight with which the downstream loss reaches the backbone."""
 
     inner_scale: Tensor
-    """What the inner gradients are multiplied by within heads in float16, shape ()."""
+    """The factor of the inner gradients within heads in float16, shape ()."""
 
     cause: Tensor | None = None
     """Why the last step was not learned from, an index into :data:`CAUSES`, shape (); None for a
@@ -95,64 +132,67 @@ class Weighting(nn.Module, ABC):
     finite_steps: Tensor
 
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        scale: str | float | None = None,
-        heads: str | None = None,
-        shared_heads: str = "sum",
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
         super().__init__()
         self.terms = tuple(terms)
         if not self.terms or len(set(self.terms)) < len(self.terms):
             raise ConfigError(f"terms: expected one or more different names, got {list(terms)}")
-        given = dict.fromkeys(self.terms, 1.0) if reference is None else reference
-        self.register_buffer("reference", self.vector(given, "reference weights"), persistent=False)
-        self.scale = self.default_scale if scale is None else scale
-        self.heads = self.default_heads if heads is None else heads
-        self.shared_heads = shared_heads
-        if isinstance(self.scale, str):
-            if self.scale not in SCALES:
-                raise unknown_name("weighting.scale", scale, (*SCALES, "a number"))
-        elif not _is_number(self.scale) or self.scale <= 0:
-            raise ConfigError(f"weighting.scale: expected a number above 0, got {scale!r}")
-        if self.heads not in HEADS:
-            raise unknown_name("weighting.heads", heads, HEADS)
-        if shared_heads not in SHARED_HEADS:
-            raise unknown_name("weighting.shared_heads", shared_heads, SHARED_HEADS)
+        weights = dict.fromkeys(self.terms, 1.0) if reference is None else reference
+        check_weights(weights, self.terms, "reference weights")
+        self.register_buffer("reference", self.vector(weights), persistent=False)
+        self.options = self.read_options(given)
+        self.check_options(self.options, self.terms)
+        self.scale: str | float = self.options["scale"]
+        self.heads: str = self.options["heads"]
+        self.shared_heads: str = self.options["shared_heads"]
         saved = self.needs_gradients  # Else a state dict is solo-learn's.
         self.register_buffer("inner_scale", torch.tensor(FIRST_INNER_SCALE), persistent=saved)
         self.register_buffer("finite_steps", torch.zeros((), dtype=torch.int32), persistent=saved)
 
+    @classmethod
+    def read_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The value of each of :attr:`keys`, and of :func:`treatment_keys` in any case.
+
+        Args:
+            given: values by name; the others get their defaults.
+
+        Raises:
+            ConfigError: an unknown key, or a value that its key cannot take.
+        """
+        treatment = {name: key.default for name, key in treatment_keys().items()}
+        return treatment | read_keys(cls.keys, given, "weighting")
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any], terms: Sequence[str]) -> None:
+        """Refuses options that do not fit the terms or what is installed.
+
+        Args:
+            options: as :meth:`read_options` returns them.
+            terms: the names of the K terms.
+
+        Raises:
+            ConfigError: they do not fit.
+        """
+
+    @classmethod
+    def asks_for_gradients(cls, options: Mapping[str, Any]) -> bool:
+        """Whether a rule with these options needs the embedding gradients."""
+        return cls.uses_gradients or options["scale"] != "none" or options["heads"] != "weighted"
+
     @property
     def needs_gradients(self) -> bool:
         """Whether the embedding gradients must be computed: for the rule, or for its keys."""
-        return self.uses_gradients or self.scale != "none" or self.heads != "weighted"
+        return self.asks_for_gradients(self.options)
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The terms that can get weight. The others need not be computed."""
+        """The terms that can get weight. The other terms need not be computed."""
         return self.terms
 
-    def vector(self, weights: Mapping[str, float], where: str) -> Tensor:
-        """The weights as a (K,) tensor: every term once, finite, not negative, not all zero."""
-        if not isinstance(weights, Mapping):
-            raise ConfigError(
-                f"{where}: expected one weight for each of {', '.join(self.terms)}, got {weights!r}"
-            )
-        for name in weights:
-            if name not in self.terms:
-                raise unknown_name(where, name, self.terms)
-        missing = [name for name in self.terms if name not in weights]
-        if missing:
-            raise ConfigError(f"{where}: no weight for {', '.join(missing)}: add it")
-        for name, value in weights.items():
-            number(value, f"{where}.{name}")
-        vector = torch.tensor([float(weights[name]) for name in self.terms])
-        if not vector.any():
-            raise ConfigError(f"{where}: every weight is 0: give at least one term some weight")
-        return vector
+    def vector(self, weights: Mapping[str, float]) -> Tensor:
+        """Weights by term as a (K,) tensor. See :func:`check_weights`."""
+        return torch.tensor([float(weights[name]) for name in self.terms])
 
     @abstractmethod
     def direction(self, statistics: Statistics) -> Tensor:
@@ -162,9 +202,9 @@ class Weighting(nn.Module, ABC):
         """The effective weights of this step, shape (K,): multipliers of the plain losses.
 
         Args:
-            statistics: of the batch that the weights are for. With a ``scale`` they are
-                ``e = s w / sqrt(w^T C w)``, where ``s`` is the norm that it asks for.
-            evidence: what the rule looks at instead, where that is another batch.
+            statistics: of the batch that the weights multiply. With a ``scale`` the effective
+                weights are ``e = s w / sqrt(w^T C w)``, where ``s`` is the norm to reach.
+            evidence: statistics of the batch that the rule learns from; the same batch when None.
         """
         weights = self.direction(statistics if evidence is None else evidence)
         if self.scale == "none":
@@ -178,14 +218,14 @@ class Weighting(nn.Module, ABC):
         return unit if self.scale == "unit" else unit * float(self.scale)
 
     def head_weights(self, effective: Tensor) -> Tensor:
-        """What each term is multiplied by for its own head, shape (K,)."""
+        """The factor of each term for its own head, shape (K,)."""
         if self.heads == "weighted":
             return effective
         reference = self.reference.to(effective)
         return reference if self.heads == "reference" else torch.ones_like(reference)
 
     def extra_loss(self, losses: Tensor) -> Tensor | None:
-        """What the weighting's own parameters are trained by, shape (); None if it has none.
+        """The loss that trains the weighting's own parameters, shape (); None if it has none.
 
         Args:
             losses: the terms' values, shape (K,), detached.
@@ -193,15 +233,15 @@ class Weighting(nn.Module, ABC):
         return None
 
     def end_epoch(self) -> None:
-        """To be called at the end of each epoch."""
+        """Rolls an epoch's record over. A training loop calls it at the end of each epoch."""
 
     @torch.no_grad()
     def adapt_inner_scale(self, finite: Tensor) -> None:
         """Halves the scale of the inner gradients after a step that is not finite, and doubles it
-        after 2000 in a row that are, as torch's ``GradScaler`` does with the trainer's.
+        after 2000 finite steps in a row, as torch's ``GradScaler`` does for the trainer.
 
         Args:
-            finite: whether the step was, shape ().
+            finite: whether the step was finite, shape ().
         """
         steps = torch.where(finite, self.finite_steps + 1, 0)
         grow = steps == STEPS_TO_GROW
@@ -209,47 +249,38 @@ class Weighting(nn.Module, ABC):
         self.finite_steps.copy_(torch.where(grow, 0, steps))
         self.inner_scale.mul_(factor).clamp_(1.0, FIRST_INNER_SCALE)
 
-    needs_losses_after = False
-    """Whether :meth:`after_step` is to be called."""
-
     def after_step(self, losses: Tensor) -> None:
-        """To be called with the same batch's losses, shape (K,), after the optimiser's step."""
+        """Learns from the same batch's losses, shape (K,), computed again after the optimiser's
+        step."""
 
 
-def number(value: object, key: str, above_zero: bool = False) -> float:
-    """The value again if it is a finite number of 0 or more, or above 0.
+def check_weights(weights: Mapping[str, float], terms: Sequence[str], where: str) -> None:
+    """Refuses weights unless they are one finite number of 0 or more for each term, not all 0.
 
-    Raises:
-        ConfigError: it is not.
-    """
-    if _is_number(value) and (value > 0 if above_zero else value >= 0):
-        return float(value)
-    least = "a number above 0" if above_zero else "a finite number of 0 or more"
-    raise ConfigError(f"{key}: expected {least}, got {value!r}")
-
-
-def whole(value: object, key: str) -> int:
-    """The value again if it is a whole number of 0 or more.
+    Args:
+        weights: by term.
+        terms: the names of the K terms.
+        where: what the weights were given for, such as ``weighting.weights``.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: an unknown or missing term, or a weight that is refused.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise ConfigError(f"{key}: expected a whole number of 0 or more, got {value!r}")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value)
+    WEIGHTS.check(weights, where)
+    for name in weights:
+        if name not in terms:
+            raise unknown_name(where, name, terms)
+    missing = [name for name in terms if name not in weights]
+    if missing:
+        raise ConfigError(f"{where}: no weight for {', '.join(missing)}: add it")
+    if not any(weights.values()):
+        raise ConfigError(f"{where}: every weight is 0: give at least one term some weight")
 
 
 def composite_norm(weights: Tensor, gramian: Tensor) -> Tensor:
     """``sqrt(w^T C w)``: the norm of the composite gradient ``w^T G``, shape ().
 
-    Never 0: the smallest normal number stands for it, so that a step on which every gradient
-    vanishes divides by it without a NaN.
+    At least the smallest normal number, so that dividing by it gives no NaN on a step on which
+    every gradient vanishes.
     """
     tiny = torch.finfo(gramian.dtype).tiny
     return (weights @ gramian @ weights).clamp(min=tiny).sqrt()

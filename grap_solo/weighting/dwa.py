@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grap_solo.weighting.base import Statistics, Weighting, number
+from grap_solo.keys import Key
+from grap_solo.weighting.base import Statistics, Weighting, treatment_keys
 
 
 class DWA(Weighting):
@@ -16,19 +17,24 @@ class DWA(Weighting):
 
         w_k = K softmax_k(r_k / T),   r_k = (mean L_k of the last epoch) / (that of the one before)
 
-    and 1 for each term in the first two epochs. As in the source the weights stand before the
-    losses, for backbone and heads alike. It needs no gradients, only :meth:`end_epoch`.
+    and 1 for each term in the first two epochs. As in the source the weights multiply the losses,
+    for backbone and heads alike. DWA needs no gradients, only :meth:`end_epoch`.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        temperature: ``T``; the higher, the more even the weights. The source has 2.
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
-
-    Raises:
-        ConfigError: a temperature that is not above 0.
+        given: :attr:`keys`, by name.
     """
 
+    keys = {
+        "temperature": Key(
+            float,
+            above=0,
+            default=2.0,
+            doc="T: the higher, the more even the weights. The source has 2.",
+        ),
+        **treatment_keys(),
+    }
     uses_losses = True
     total: Tensor
     steps: Tensor
@@ -36,15 +42,10 @@ class DWA(Weighting):
     before: Tensor
 
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        temperature: float = 2.0,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
-        self.temperature = number(temperature, "weighting.temperature", above_zero=True)
+        super().__init__(terms, reference, **given)
+        self.temperature: float = self.options["temperature"]
         for name in ("total", "last", "before"):
             self.register_buffer(name, torch.zeros(len(self.terms)))
         self.register_buffer("steps", torch.zeros(()))

@@ -1,4 +1,4 @@
-"""Constant weights: the method's own defaults, or those that a GraP run has found."""
+"""Constant weights: the reference weights, or the median weights of a GraP run."""
 
 from __future__ import annotations
 
@@ -7,39 +7,43 @@ from typing import Any
 
 from torch import Tensor
 
-from grap_solo.weighting.base import Statistics, Weighting
+from grap_solo.weighting.base import (
+    WEIGHTS,
+    Statistics,
+    Weighting,
+    check_weights,
+    treatment_keys,
+)
 
 
 class Fixed(Weighting):
-    """Constant weights: ``loss = sum_k w_k L_k``, heads included. A term of weight 0 is left out,
-    and its head with it.
+    """Constant weights: ``loss = sum_k w_k L_k``, heads included. A term of weight 0 is not
+    computed, and its head is not trained.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        weights: the weight of each term; the reference weights when None.
-        treatment: ``scale``, ``heads``, ``shared_heads``: see
-            :class:`~grap_solo.weighting.base.Weighting`.
-
-    Raises:
-        ConfigError: weights that miss a term, name an unknown one, are negative or all zero.
+        given: :attr:`keys`, by name.
     """
 
+    keys = {"weights": WEIGHTS, **treatment_keys()}
     weights: Tensor
 
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        weights: Mapping[str, float] | None = None,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
-        chosen = self.reference if weights is None else self.vector(weights, "weighting.weights")
+        super().__init__(terms, reference, **given)
+        weights = self.options["weights"]
+        chosen = self.reference if weights is None else self.vector(weights)
         self.register_buffer("weights", chosen.clone(), persistent=False)
-        given = zip(self.terms, chosen.tolist(), strict=True)
-        self._active = tuple(term for term, weight in given if weight)
+        values = zip(self.terms, chosen.tolist(), strict=True)
+        self._active = tuple(term for term, weight in values if weight)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any], terms: Sequence[str]) -> None:
+        """Refuses weights that are not those of the terms. See :func:`check_weights`."""
+        if options["weights"] is not None:
+            check_weights(options["weights"], terms, "weighting.weights")
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -1,19 +1,20 @@
 """torchjd's Gramian weightings, on the Gramian of the embedding gradients.
 
-There each of them costs K x K algebra, since the Gramian is small and is there already.
+Each costs K x K algebra only, since the step has computed the Gramian already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchjd import aggregation
 
-from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.weighting.base import Statistics, Weighting, number
+from grap_solo.errors import ConfigError
+from grap_solo.keys import Key
+from grap_solo.weighting.base import Statistics, Weighting, treatment_keys
 
 
 class GramianWeighting(Weighting):
@@ -23,29 +24,25 @@ class GramianWeighting(Weighting):
     task-specific parameters their own unweighted gradient (``heads: unweighted``), as in torchjd's
     ``mtl_backward``. The embedding stands for the shared parameters. Weights may be negative.
 
-    The algebra is done on the CPU in float64. A rule that draws random numbers draws them from a
-    stream of its own, given by the number of the step, so that it changes nothing else and is the
-    same in every process. A Gramian that is not finite, or 0, gives equal weights. A gradient whose
-    squared norm is too small for a normal number counts as 0: what little is left of its products
-    with the others need not go with it, and the solvers divide by it.
+    The algebra is done on the CPU in float64. A rule that draws random numbers seeds its own stream
+    by the number of the step: it changes no other random number, and every process draws the same.
+    A Gramian that is not finite, or 0, gives equal weights. Underflowing gradients are zeroed,
+    since the solvers divide by their norms.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
+        given: :attr:`keys`, by name.
     """
 
+    keys = treatment_keys(heads="unweighted")
     uses_gradients = True
-    default_heads = "unweighted"
     rule: Callable[[Tensor], Tensor]
 
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
+        super().__init__(terms, reference, **given)
         self.calls = 0
 
     def direction(self, statistics: Statistics) -> Tensor:
@@ -74,11 +71,8 @@ class GramianWeighting(Weighting):
 
 
 class PCGrad(GramianWeighting):
-    """Gradient surgery: each gradient loses its part against every other one that it conflicts
-    with, in random order, and the rests are added up (Yu et al. 2020, arXiv 2001.06782, Alg. 1).
-
-    The keys are those of :class:`~grap_solo.weighting.base.Weighting`.
-    """
+    """Gradient surgery: projects each gradient off every other gradient that it conflicts with, in
+    random order, and adds the results up (Yu et al. 2020, arXiv 2001.06782, Alg. 1)."""
 
     rule = aggregation.PCGradWeighting()
 
@@ -90,53 +84,43 @@ class AlignedMTL(GramianWeighting):
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        scale_mode: which singular value that size is: ``min``, ``median`` or ``rmse``.
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
-
-    Raises:
-        ConfigError: an unknown ``scale_mode``.
+        given: :attr:`keys`, by name.
     """
 
+    keys = {
+        "scale_mode": Key(
+            str,
+            choices=("min", "median", "rmse"),
+            default="min",
+            doc="The singular value whose size every principal component gets.",
+        ),
+        **GramianWeighting.keys,
+    }
+
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        scale_mode: Literal["min", "median", "rmse"] = "min",
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
-        if scale_mode not in ("min", "median", "rmse"):
-            raise unknown_name("weighting.scale_mode", scale_mode, ("min", "median", "rmse"))
-        self.rule = aggregation.AlignedMTLWeighting(scale_mode=scale_mode)
+        super().__init__(terms, reference, **given)
+        self.rule = aggregation.AlignedMTLWeighting(scale_mode=self.options["scale_mode"])
 
 
 class IMTLG(GramianWeighting):
     """Impartial multi-task learning: the combination has equal projections onto every gradient's
-    direction (Liu et al. 2021, "Towards Impartial Multi-task Learning", Eq. 3).
-
-    The keys are those of :class:`~grap_solo.weighting.base.Weighting`.
-    """
+    direction (Liu et al. 2021, "Towards Impartial Multi-task Learning", Eq. 3)."""
 
     rule = aggregation.IMTLGWeighting()
 
 
 class UPGrad(GramianWeighting):
     """The mean of the gradients, each projected onto the cone that conflicts with none (Quinton &
-    Rey 2024, arXiv 2406.16232, Section 3).
-
-    The keys are those of :class:`~grap_solo.weighting.base.Weighting`.
-    """
+    Rey 2024, arXiv 2406.16232, Section 3)."""
 
     rule = aggregation.UPGradWeighting()
 
 
 class DualProj(GramianWeighting):
     """The mean gradient projected onto the cone that conflicts with none (Lopez-Paz & Ranzato
-    2017, arXiv 1706.08840, as in arXiv 2406.16232).
-
-    The keys are those of :class:`~grap_solo.weighting.base.Weighting`.
-    """
+    2017, arXiv 1706.08840, as in arXiv 2406.16232)."""
 
     rule = aggregation.DualProjWeighting()
 
@@ -147,23 +131,24 @@ class FairGrad(GramianWeighting):
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        alpha: the fairness, from 0 (plain sum) over 1 (proportional) to infinity (max-min).
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
-
-    Raises:
-        ConfigError: an ``alpha`` that is not above 0.
+        given: :attr:`keys`, by name.
     """
 
+    keys = {
+        "alpha": Key(
+            float,
+            above=0,
+            default=1.0,
+            doc="The fairness, from 0 (plain sum) over 1 (proportional) to infinity (max-min).",
+        ),
+        **GramianWeighting.keys,
+    }
+
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        alpha: float = 1.0,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
-        self.alpha = number(alpha, "weighting.alpha", above_zero=True)
+        super().__init__(terms, reference, **given)
+        self.alpha: float = self.options["alpha"]
         self.rule = aggregation.FairGradWeighting(self.alpha)
 
     def unscaled(self, weights: Tensor, size: float) -> Tensor:
@@ -177,25 +162,34 @@ class CAGrad(GramianWeighting):
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        c: the ball's radius by the mean gradient's norm.
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
+        given: :attr:`keys`, by name.
 
     Raises:
-        ConfigError: a negative ``c``, or no cvxpy.
+        ConfigError: cvxpy is not installed; see also
+            :class:`~grap_solo.weighting.base.Weighting`.
     """
 
+    keys = {
+        "c": Key(
+            float,
+            least=0,
+            default=0.5,
+            doc="The ball's radius, divided by the mean gradient's norm.",
+        ),
+        **GramianWeighting.keys,
+    }
+
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        c: float = 0.5,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
-        c = number(c, "weighting.c")
+        super().__init__(terms, reference, **given)
+        self.rule = aggregation.CAGradWeighting(self.options["c"])
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any], terms: Sequence[str]) -> None:
+        """Refuses the rule where its solver, cvxpy, is not installed."""
         try:
-            self.rule = aggregation.CAGradWeighting(c)
+            aggregation.CAGradWeighting(options["c"])
         except ImportError as error:
             line = str(error).splitlines()[0]
             raise ConfigError(f"weighting.name: cagrad: {line}: pip install cvxpy") from None

@@ -8,22 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.keys import Key
 from grap_solo.weighting.base import (
     CAUSES,
     Statistics,
     Weighting,
     composite_norm,
-    number,
-    whole,
+    treatment_keys,
 )
 
 NORMALIZATIONS = ("gradient", "sum", "none")
-OPTIMIZERS = ("adam", "sgd")
+WEIGHT_OPTIMIZERS = ("adam", "sgd")
 
 
 def objective(weights: Tensor, gramian: Tensor, products: Tensor, normalization: str) -> Tensor:
-    """What the weights climb, shape (): ``p^T w`` with ``w`` divided by its normaliser.
+    """The objective that GraP maximises, shape (): ``p^T w`` with ``w`` divided by its normaliser.
 
     Args:
         weights: ``w``, shape (K,).
@@ -42,8 +41,8 @@ def objective_gradient(
 ) -> Tensor:
     """The gradient of :func:`objective` by the weights in closed form, shape (K,).
 
-    For ``gradient``, with ``n = sqrt(w^T C w)``: ``p / n - (w^T p) C w / n^3``, written with
-    ``u = w / n`` so that no power of a small norm is taken.
+    For ``gradient``, with ``n = sqrt(w^T C w)``: ``p / n - (w^T p) C w / n^3``. The code writes it
+    with ``u = w / n``, which avoids powers of a small norm.
     """
     if normalization == "gradient":
         norm = composite_norm(weights, gramian)
@@ -58,41 +57,62 @@ def objective_gradient(
 class GraP(Weighting):
     """Gradient-aligned pretraining (Karpukhin & Savchenko 2026, arXiv 2605.07756, Alg. 1).
 
-    Each step in training mode moves ``w`` up the alignment of the composite gradient ``w^T G``
-    with the downstream gradient ``g_down``; the weights that a step is given are those from
-    before its own update. ``w`` starts at 1 and is clipped at 0 from below.
+    Each step in training mode moves ``w`` so that the composite gradient ``w^T G`` aligns better
+    with the downstream gradient ``g_down``. A step uses the weights from before its own update.
+    ``w`` starts at 1 and is clipped at 0 from below.
 
-    ``g_down`` enters with unit norm, as in the authors' code: the objective is then the cosine of
+    ``g_down`` enters with unit norm, as in the authors' code. The objective is then the cosine of
     the two gradients, and the learning rate means the same from the first epoch to the last.
-    ``scale`` alone sets the norm of the composite gradient, whatever ``normalization`` is, so that
-    the three normalisations differ in the path that ``w`` takes and in nothing else.
+    ``scale`` alone sets the norm of the composite gradient; ``normalization`` changes only the
+    path that ``w`` takes.
 
     A step is not learned from when its batch has no labels, when a statistic is not finite, when
     the composite gradient vanishes, or when it would set every weight to 0; ``cause`` says which.
 
-    By Alg. 1 each head gets its own unweighted gradient (``heads: unweighted``); the authors' code
-    weights it by the reference weights when it rescales the composite (``heads: reference``).
+    In Alg. 1 each head gets its own unweighted gradient (``heads: unweighted``). The authors' code
+    multiplies it by the reference weights when it rescales the composite (``heads: reference``).
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        lr: the learning rate of the weights.
-        optimizer: ``adam`` (betas 0.9 and 0.999, eps 1e-8, as torch's) or ``sgd``.
-        normalization: see :func:`objective`.
-        ema: the share of the past in the moving averages of Gramian and products that are
-            learned from (Appendix A), bias-corrected as Adam's; 0 learns from each step's own.
-        warmup_epochs: epochs for which the weights are held at their start. It is up to the
-            training loop to count them, and to call ``eval()`` meanwhile.
-        treatment: ``scale``, ``heads``, ``shared_heads``: see
-            :class:`~grap_solo.weighting.base.Weighting`.
-
-    Raises:
-        ConfigError: a name or number out of range.
+        given: :attr:`keys`, by name.
     """
 
+    keys = {
+        "lr": Key(float, above=0, default=0.1, doc="The learning rate of the weights."),
+        "optimizer": Key(
+            str,
+            choices=WEIGHT_OPTIMIZERS,
+            default="adam",
+            doc="The optimiser of the weights. Adam has betas 0.9 and 0.999 and eps 1e-8, as "
+            "torch's.",
+        ),
+        "normalization": Key(
+            str,
+            choices=NORMALIZATIONS,
+            default="gradient",
+            doc="What the objective p^T w is divided by: `gradient`, the composite gradient's norm "
+            "sqrt(w^T C w); `sum`, the sum of the weights; `none`, 1 (arXiv 2605.07756, Table 5).",
+        ),
+        "ema": Key(
+            float,
+            least=0,
+            below=1,
+            default=0.0,
+            doc="The share of the past in the moving averages of Gramian and products that the "
+            "weights learn from (arXiv 2605.07756, Appendix A), bias-corrected as in Adam. 0 "
+            "learns from each step's own.",
+        ),
+        "warmup_epochs": Key(
+            int,
+            least=0,
+            default=0,
+            doc="Epochs for which the weights stay at their start. The training loop counts them "
+            "and calls `eval()` meanwhile.",
+        ),
+        **treatment_keys(scale="reference", heads="unweighted"),
+    }
     uses_gradients = True
-    default_scale = "reference"
-    default_heads = "unweighted"
     weights: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -100,31 +120,16 @@ class GraP(Weighting):
     average: Tensor
 
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        lr: float = 0.1,
-        optimizer: str = "adam",
-        normalization: str = "gradient",
-        ema: float = 0.0,
-        warmup_epochs: int = 0,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
-        if optimizer not in OPTIMIZERS:
-            raise unknown_name("weighting.optimizer", optimizer, OPTIMIZERS)
-        if normalization not in NORMALIZATIONS:
-            raise unknown_name("weighting.normalization", normalization, NORMALIZATIONS)
-        self.lr = number(lr, "weighting.lr", above_zero=True)
-        self.ema = number(ema, "weighting.ema")
-        if self.ema >= 1:
-            raise ConfigError(f"weighting.ema: expected a number of 0 or more below 1, got {ema!r}")
-        self.warmup_epochs = whole(warmup_epochs, "weighting.warmup_epochs")
-        self.optimizer = optimizer
-        self.normalization = normalization
-        # The state of the optimiser lies in buffers: it is saved with the model, and a step that
-        # must not be learned from is masked out on the device, without a synchronisation.
+        super().__init__(terms, reference, **given)
+        self.lr: float = self.options["lr"]
+        self.optimizer: str = self.options["optimizer"]
+        self.normalization: str = self.options["normalization"]
+        self.ema: float = self.options["ema"]
+        self.warmup_epochs = self.options["warmup_epochs"]
+        # Buffers hold the optimiser's state: they are saved with the model, and a step that must
+        # not be learned from is masked out on the device, without a synchronisation.
         self.register_buffer("weights", torch.ones(len(self.terms)))
         self.register_buffer("exp_avg", torch.zeros(len(self.terms)))
         self.register_buffer("exp_avg_sq", torch.zeros(len(self.terms)))
@@ -144,7 +149,7 @@ class GraP(Weighting):
 
     @torch.no_grad()
     def _update(self, weights: Tensor, statistics: Statistics) -> None:
-        """One ascent step on the objective; see the class for the steps that it leaves out."""
+        """Takes one ascent step on the objective. The class says which steps are left out."""
         norm = statistics.downstream_norm
         assert statistics.gramian is not None and statistics.products is not None
         assert norm is not None
@@ -171,8 +176,8 @@ class GraP(Weighting):
         moved = (weights + self.lr * step).clamp(min=0)
         new_state += [(self.weights, moved), (self.updates, updates)]
 
-        # The first cause in the order of CAUSES that holds, found without a synchronisation. A
-        # batch without labels has norm 0, so its gradient is 0 / 0 and not finite either.
+        # Finds the first cause that applies, in the order of CAUSES, without a synchronisation.
+        # A batch without labels has norm 0, so its gradient is 0 / 0 and not finite either.
         causes = torch.stack(
             [
                 norm == 0,

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import nnls
 from torch import Tensor
 
-from grap_solo.weighting.base import Statistics, Weighting
+from grap_solo.weighting.base import Statistics, Weighting, treatment_keys
 
 
 class MGDA(Weighting):
@@ -15,17 +15,16 @@ class MGDA(Weighting):
 
         min_w  || w^T G ||^2   with  w >= 0,  sum_k w_k = 1
 
-    As in Alg. 2 the backbone gets that combination as it is (``scale: none``) and each head its
-    own unweighted gradient (``heads: unweighted``).
+    As in Alg. 2 the backbone gets the combination as it is (``scale: none``) and each head its own
+    unweighted gradient (``heads: unweighted``).
 
-    It is solved exactly, on the CPU in float64: the minimiser of ``|| x^T G ||^2 + (sum x - 1)^2``
-    over ``x >= 0`` is a multiple of it, and that is a non-negative least-squares problem.
-
-    The keys are those of :class:`~grap_solo.weighting.base.Weighting`.
+    The problem is solved exactly, on the CPU in float64. Its solution is a multiple of the
+    minimiser of ``|| x^T G ||^2 + (sum x - 1)^2`` over ``x >= 0``, and that is a non-negative
+    least-squares problem.
     """
 
+    keys = treatment_keys(heads="unweighted")
     uses_gradients = True
-    default_heads = "unweighted"
 
     def direction(self, statistics: Statistics) -> Tensor:
         gramian = statistics.gramian
@@ -36,7 +35,7 @@ class MGDA(Weighting):
 def min_norm_weights(gramian: np.ndarray) -> np.ndarray:
     """The weights, shape (K,), of the min-norm point for a Gramian, shape (K, K).
 
-    Equal weights where the Gramian is not finite or 0.
+    Gives equal weights if the Gramian is not finite or 0.
     """
     count = len(gramian)
     size = gramian.trace() / count
@@ -44,8 +43,8 @@ def min_norm_weights(gramian: np.ndarray) -> np.ndarray:
         return np.full(count, 1 / count)
     values, vectors = np.linalg.eigh(gramian / size)
     root = np.sqrt(values.clip(min=0))[:, None] * vectors.T  # root^T root is the Gramian.
-    # Few need more than 3 K iterations, scipy's limit, but it raises for them: where a term has no
-    # gradient the minimum is 0, and rounding errors bring terms in and out.
+    # scipy raises after 3 K iterations. A few problems need more: if a term has no gradient the
+    # minimum is 0, and rounding errors bring terms in and out.
     solution, _ = nnls(
         np.vstack([root, np.ones(count)]), np.append(np.zeros(count), 1.0), maxiter=100 * count
     )

@@ -1,7 +1,8 @@
-"""Rules that look at the losses alone, from torchjd's scalarizers.
+"""Rules that read the losses alone, from torchjd's scalarizers.
 
-A scalarizer makes one scalar of the losses; the weights are its derivatives by them. As in the
-sources they stand before the losses, for backbone and heads alike, and no gradients are needed.
+A scalarizer turns the losses into one scalar; the weights are the scalar's derivatives by the
+losses. As in the sources the weights multiply the losses, for backbone and heads alike. No
+gradients are needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torchjd import scalarization
 
-from grap_solo.weighting.base import Statistics, Weighting, number, whole
+from grap_solo.keys import Key
+from grap_solo.weighting.base import Statistics, Weighting, treatment_keys
 
 
 def derivatives(scalarizer: scalarization.Scalarizer, losses: Tensor) -> Tensor:
@@ -32,21 +34,16 @@ class Uncertainty(Weighting):
     The log-variances ``s_k`` are parameters of this module. As in the source the model's optimiser
     trains them: give it this module's parameters too.
 
-    The keys are those of :class:`~grap_solo.weighting.base.Weighting`.
-
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
+        given: :attr:`keys`, by name.
     """
 
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
+        super().__init__(terms, reference, **given)
         self.scalarizer = scalarization.UW(len(self.terms))
 
     def direction(self, statistics: Statistics) -> Tensor:
@@ -60,40 +57,44 @@ class FAMO(Weighting):
     """Fast adaptive multi-task optimisation (Liu et al. 2023, arXiv 2306.03792, Alg. 1): weights
     under which the logarithms of all losses fall at the same rate.
 
-    It learns from how the same batch's losses change with the step, so each step has one more
-    forward pass; the losses must be positive. Its small state is kept on the CPU.
+    FAMO learns from the change that a step makes to its own batch's losses, so each step has one
+    more forward pass. The losses must be positive. The small state is kept on the CPU.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        lr: of the logits, with Adam; the source has 0.025.
-        weight_decay: of the logits; the source's Alg. 2 has 0.001.
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
-
-    Raises:
-        ConfigError: a number out of range.
+        given: :attr:`keys`, by name.
     """
 
+    keys = {
+        "lr": Key(
+            float,
+            above=0,
+            default=0.025,
+            doc="The learning rate of the logits, with Adam. The source has 0.025.",
+        ),
+        "weight_decay": Key(
+            float,
+            least=0,
+            default=1e-3,
+            doc="The weight decay of the logits. The source's Alg. 2 has 0.001.",
+        ),
+        **treatment_keys(),
+    }
     uses_losses = True
     needs_losses_after = True
     scalarizer: scalarization.FAMO
 
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        lr: float = 0.025,
-        weight_decay: float = 1e-3,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
-        self.lr = number(lr, "weighting.lr", above_zero=True)
-        self.weight_decay = number(weight_decay, "weighting.weight_decay")
+        super().__init__(terms, reference, **given)
+        self.lr: float = self.options["lr"]
+        self.weight_decay: float = self.options["weight_decay"]
         self._start()
 
     def _start(self) -> None:
-        # Not a submodule: its logits have an optimiser of their own and are no parameters here.
+        # Not a submodule: its logits have their own optimiser, so they are not parameters here.
         scalarizer = scalarization.FAMO(len(self.terms), lr=self.lr, weight_decay=self.weight_decay)
         object.__setattr__(self, "scalarizer", scalarizer)
 
@@ -105,7 +106,7 @@ class FAMO(Weighting):
         losses = losses.float().cpu()
         before = self.scalarizer._prev_losses
         both = losses if before is None else torch.stack([before, losses])
-        # One logarithm that is not finite would stay in the logits for ever.
+        # A logarithm that is not finite would spoil the logits for good.
         if self.training and both.isfinite().all() and both.min() >= 0:
             self.scalarizer.update(losses)
 
@@ -120,9 +121,7 @@ class FAMO(Weighting):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._start()
-        if (
-            state["optimizer"] is not None
-        ):  # It is made by the first update: undone by what follows.
+        if state["optimizer"] is not None:  # The first update makes it; its effects are undone.
             ones = torch.ones(len(self.terms))
             self.scalarizer(ones)
             self.scalarizer.update(ones)
@@ -134,37 +133,39 @@ class FAMO(Weighting):
 
 
 class Random(Weighting):
-    """A new draw at each step, ``softmax`` of K normal numbers (Lin et al. 2022, arXiv 2111.10603,
-    Alg. 2): the baseline that every learned rule must beat. The draws are given by ``seed`` and
-    the number of the step, so that every process has the same.
+    """Weights drawn anew at each step, ``softmax`` of K normal numbers (Lin et al. 2022, arXiv
+    2111.10603, Alg. 2): the baseline that every learned rule must beat. ``seed`` and the number of
+    the step determine each draw, so every process draws the same.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        seed: of the draws; torch's own, as it was set last, when None.
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
-
-    Raises:
-        ConfigError: a seed that is not a whole number.
+        given: :attr:`keys`, by name.
     """
 
+    keys = {
+        "seed": Key(
+            int,
+            least=0,
+            optional=True,
+            doc="The seed of the draws; the run's seed when left out.",
+        ),
+        **treatment_keys(),
+    }
+
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        seed: int | None = None,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, **treatment)
-        self.seed = torch.initial_seed() if seed is None else whole(seed, "weighting.seed")
+        super().__init__(terms, reference, **given)
+        seed: int | None = self.options["seed"]
+        self.seed = torch.initial_seed() if seed is None else seed
         self.calls = 0
         self.scalarizer = scalarization.Random()
 
     def direction(self, statistics: Statistics) -> Tensor:
         self.calls += self.training
         with torch.random.fork_rng(devices=[]):
-            # Its generator looks at 32 bits: a product keeps the streams of near seeds apart.
+            # The generator reads 32 bits: the product keeps the streams of near seeds apart.
             torch.default_generator.manual_seed((self.seed * 1_000_003 + self.calls) % 2**32)
             weights = derivatives(self.scalarizer, torch.ones(len(self.terms)))
         return weights.to(statistics.losses)

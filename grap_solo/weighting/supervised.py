@@ -1,4 +1,4 @@
-"""The downstream loss in the backbone: beside the terms, or alone."""
+"""Rules by which the downstream loss trains the backbone: together with the terms, or alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grap_solo.weighting.base import Statistics, Weighting, number
+from grap_solo.keys import Key
+from grap_solo.weighting.base import Statistics, Weighting
 from grap_solo.weighting.fixed import Fixed
 
 
@@ -17,39 +18,37 @@ class Auxiliary(Fixed):
     (arXiv 2605.07756, Table 6).
 
     The backbone gets ``sum_k w_k dL_k/dz + downstream_weight dL_down/dz``; each term's head gets
-    its own weighted loss and the downstream head its own unweighted one. ``scale`` is about the
-    terms' part alone.
+    its own weighted loss and the downstream head its own unweighted one. ``scale`` sets the norm of
+    the terms' part alone.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
-        downstream_weight: of the downstream gradient at the embedding.
-        weights: see :class:`~grap_solo.weighting.fixed.Fixed`.
-        treatment: see :class:`~grap_solo.weighting.fixed.Fixed`.
-
-    Raises:
-        ConfigError: a weight that is not above 0.
+        given: :attr:`keys`, by name.
     """
 
+    keys = {
+        "downstream_weight": Key(
+            float,
+            above=0,
+            default=1.0,
+            doc="The weight of the downstream gradient at the embedding.",
+        ),
+        **Fixed.keys,
+    }
+    trains_on_labels = True
+
     def __init__(
-        self,
-        terms: Sequence[str],
-        reference: Mapping[str, float] | None = None,
-        *,
-        downstream_weight: float = 1.0,
-        weights: Mapping[str, float] | None = None,
-        **treatment: Any,
+        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
-        super().__init__(terms, reference, weights=weights, **treatment)
-        self.downstream_weight = number(
-            downstream_weight, "weighting.downstream_weight", above_zero=True
-        )
+        super().__init__(terms, reference, **given)
+        self.downstream_weight = self.options["downstream_weight"]
 
 
 class Supervised(Weighting):
     """The downstream loss alone trains backbone and downstream head; no term is computed.
 
-    From scratch it is supervised training; from a pretrained backbone it is fine-tuning ("Tuned"
+    From scratch this is supervised training. From a pretrained backbone it is fine-tuning ("Tuned"
     in arXiv 2605.07756, Table 6).
 
     Args:
@@ -57,10 +56,9 @@ class Supervised(Weighting):
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
     """
 
+    keys = {}
+    trains_on_labels = True
     downstream_weight = 1.0
-
-    def __init__(self, terms: Sequence[str], reference: Mapping[str, float] | None = None) -> None:
-        super().__init__(terms, reference)
 
     @property
     def active(self) -> tuple[str, ...]:

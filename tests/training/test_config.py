@@ -133,14 +133,14 @@ BAD = [
     (["precision=bf16-true"], r"precision: unknown name 'bf16-true': did you mean '64-true'"),
     (["checkpoint.frequency=-1"], r"checkpoint\.frequency: .*of 1 or more, got -1"),
     (["augmentations.0.num_crops=two"], r"num_crops: expected a whole number"),
-    (["devices=auto"], r"devices: expected a number of them or a list"),
-    (["devices=-1"], r"devices: expected a number of them or a list"),
+    (["devices=auto"], r"devices: expected a number of devices or a list"),
+    (["devices=-1"], r"devices: expected a number of devices or a list"),
     (["+backbone.kwargs={foo: 1}"], r"backbone\.kwargs: .*foo"),
     (["method_kwargs.proj_output_dim=100"], r"proj_output_dim: 100 .*multiple of 8"),
     (["augmentations.0.num_crops=2"], r"augmentations: grap_all4one takes two views, not 3"),
     (["augmentations.0.crop_size=16"], r"augmentations: .*one crop_size"),
     (["augmentations=[]"], r"augmentations: missing"),
-    (["devices=0"], r"devices: expected a number of them"),
+    (["devices=0"], r"devices: expected a number of devices"),
     (["devices=2", "+sync_batchnorm=true"], r"sync_batchnorm: .*GPUs only"),
 ]
 

@@ -93,7 +93,7 @@ def test_killed_anywhere_it_ends_the_same(epoch, whole, tmp_path):
     output_of(process, tmp_path / "output", -signal.SIGKILL)
     assert not (run / "trained.json").exists()
     output = output_of(start(tmp_path), tmp_path / "output")  # The same command.
-    assert ("going on after epoch" in output) or epoch == 0
+    assert ("resuming after epoch" in output) or epoch == 0
     assert_equal(left(tmp_path), whole)
 
 

@@ -298,7 +298,7 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(array):
     assert (run / "trained.json").exists()
     (log,) = (text for name, text in logs(root).items() if name.endswith("_0_0_log.out"))
     first, second = re.findall(r"^lr0.1-sum-seed5: grap_all4one.*", log, re.MULTILINE)
-    assert "going on" not in first and re.search(r"going on after epoch [01]$", second)
+    assert "resuming" not in first and re.search(r"resuming after epoch [01]$", second)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grap_solo import GraP, Statistics, build_weighting
 from grap_solo.weighting import CAUSES, WEIGHTINGS
-from grap_solo.weighting.grap import NORMALIZATIONS, OPTIMIZERS, objective
+from grap_solo.weighting.grap import NORMALIZATIONS, WEIGHT_OPTIMIZERS, objective
 
 RULES = sorted(WEIGHTINGS)
 GRADIENT_RULES = sorted(name for name in RULES if WEIGHTINGS[name].uses_gradients)
@@ -468,7 +468,7 @@ def test_two_identical_terms_get_equal_weights(name, path):
 
 GRAPS = st.fixed_dictionaries(
     {
-        "optimizer": st.sampled_from(OPTIMIZERS),
+        "optimizer": st.sampled_from(WEIGHT_OPTIMIZERS),
         "normalization": st.sampled_from(NORMALIZATIONS),
         "ema": st.sampled_from([0.0, 0.5, 0.99]),
         "lr": st.sampled_from([0.01, 0.1, 1.0]),

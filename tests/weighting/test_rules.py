@@ -175,7 +175,7 @@ def test_gradnorm_balances_the_norms():
 # ---- the rules of losses --------------------------------------------------------------------
 
 
-def test_dwa_is_its_formula_and_torchjds():
+def test_dwa_is_its_formula_and_to_the_bit_torchjds():
     generator = torch.Generator().manual_seed(0)
     weighting, other = rule("dwa", temperature=1.5), scalarization.DWA(temperature=1.5)
     means = []
@@ -185,7 +185,7 @@ def test_dwa_is_its_formula_and_torchjds():
             values = losses.clone().requires_grad_()
             (theirs,) = torch.autograd.grad(other(values), values)
             weights = weighting(Statistics(losses))
-            torch.testing.assert_close(weights, theirs)
+            assert torch.equal(weights, theirs)
             if epoch < 2:
                 assert weights.tolist() == [1, 1, 1, 1]
             else:
@@ -195,6 +195,31 @@ def test_dwa_is_its_formula_and_torchjds():
         means.append(epoch_losses.mean(dim=0).numpy())
         weighting.end_epoch()
         other.step()
+
+
+def test_dwa_unlike_torchjds_leaves_out_a_step_that_is_not_finite_and_saves_its_state():
+    """The reasons for a class of our own."""
+    generator = torch.Generator().manual_seed(0)
+    weighting, without, other = rule("dwa"), rule("dwa"), scalarization.DWA()
+    for epoch in range(2):
+        for step in range(3):
+            losses = torch.rand(4, dtype=torch.float64, generator=generator) + 0.1
+            if (epoch, step) == (1, 1):
+                losses[2] = torch.nan
+            else:
+                without(Statistics(losses))
+            weighting(Statistics(losses))
+            other(losses)
+        for each in (weighting, without):
+            each.end_epoch()
+        other.step()
+    values = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    (theirs,) = torch.autograd.grad(other(values), values)
+    resumed = rule("dwa")
+    resumed.load_state_dict(weighting.state_dict())
+    ours = resumed(Statistics(values.detach()))
+    assert torch.equal(ours, without(Statistics(values.detach()))) and ours.std() > 0
+    assert theirs.isnan().all() and not other.state_dict()
 
 
 def test_uncertainty_has_kendalls_weights_and_learns_its_variances():

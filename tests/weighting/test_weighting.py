@@ -220,9 +220,10 @@ def test_grap_finds_the_useful_term_and_is_never_negative(seed):
     [
         ({}, "weighting.name: missing"),
         ({"name": "gradp"}, "did you mean 'grap'"),
+        ({"name": "grap", "terms": ["a"]}, "unknown name 'terms'"),
         ({"name": "grap", "learning_rate": 1}, "unknown name 'learning_rate'.*lr"),
         ({"name": "equal", "lr": 1}, "unknown name 'lr': use one of heads, scale"),
-        ({"name": "supervised", "lr": 1}, "'supervised' takes no keys: remove 'lr'"),
+        ({"name": "supervised", "lr": 1}, "weighting: takes no key besides its name: remove 'lr'"),
         ({"name": "equal", "heads": "weigted"}, "did you mean 'weighted'"),
         ({"name": "grap", "ema": 1.0}, "weighting.ema: .*below 1"),
         ({"name": "gradnorm", "alpha": -1.0}, "weighting.alpha"),
@@ -251,7 +252,7 @@ def test_grap_finds_the_useful_term_and_is_never_negative(seed):
         ),
         (
             {"name": "fixed", "weights": [1.0, 2.0]},
-            "expected one weight for each of a, b",
+            "weighting.weights: expected a block with a number of 0 or more for each term",
         ),
     ],
 )

@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""Writes docs/configuration.md, the reference of every configuration key: scripts/reference.py
+
+Everything in it comes from the schema, the weighting rules and the methods.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from grap_solo.keys import Key
+from grap_solo.methods import METHODS, CompositeMethod
+from grap_solo.solo.base import DEFAULTS, MOMENTUM_DEFAULTS
+from grap_solo.training.blocks import Block, block_of, key_of
+from grap_solo.training.config import OPTIMIZER_DEFAULTS
+from grap_solo.training.schema import schema_of
+from grap_solo.weighting import DEFAULT_WEIGHTING, WEIGHTINGS
+from grap_solo.weighting.base import treatment_keys
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+BASE_DEFAULTS = OmegaConf.merge(OmegaConf.create(DEFAULTS), OmegaConf.create(MOMENTUM_DEFAULTS))
+FROM_CODE = ("method_kwargs", "weighting")  # Their keys depend on the method and the rule.
+
+INTRODUCTION = """\
+# Configuration keys
+
+<!-- Written by scripts/reference.py from the package's schema: edit the keys there. -->
+
+A configuration is a YAML file with solo-learn's keys and a few more. Every key below is checked
+before any data is read; a mistake gives one line that names the key and the fix. A key that is
+left out, or null, has its default. A key without a default is **required**. Other keys, such as
+solo-learn's, are accepted, except in `labels`, `diagnostics` and `weighting`; a key that looks like
+a misspelling of a known one is refused everywhere.
+"""
+
+
+def page() -> str:
+    """The text of the page."""
+    model = schema_of(METHODS["all4one"], WEIGHTINGS["fixed"])  # Of any.
+    fields = model.model_fields
+    blocks = {name: each for name, field in fields.items() if (each := block_of(field))}
+    plain = [name for name in fields if name not in blocks]
+    parts = [INTRODUCTION, "## First level\n", _fields(model, plain)]
+    parts.append(
+        "Any other argument of Lightning's `Trainer`, such as `log_every_n_steps`, may stand here "
+        "too.\n"
+    )
+    for name, each in blocks.items():
+        if name not in FROM_CODE:
+            parts += [f"## `{name}`\n", _fields(each, each.model_fields, f"{name}.")]
+        if name == "optimizer":
+            parts.append(_optimizer_defaults())
+    parts += [*_weighting(), *_methods()]
+    return "\n".join(parts)
+
+
+def _fields(model: type[Block], names: Iterable[str], prefix: str = "") -> str:
+    """The table of a block's fields."""
+    rows = []
+    for name in names:
+        field = model.model_fields[name]
+        words = field.title or key_of(field).describe()
+        if field.is_required():
+            default = "**required**"
+        elif field.exclude:
+            default = _default(OmegaConf.select(BASE_DEFAULTS, prefix + name))
+        else:
+            default = _default(field.get_default(call_default_factory=True))
+        rows.append((f"`{name}`", words, default, field.description or ""))
+    return _table(rows)
+
+
+def _keys(keys: Mapping[str, Key]) -> str:
+    """The table of a rule's or method's keys."""
+    return _table(
+        (
+            f"`{name}`",
+            key.describe(),
+            "**required**" if key.required else _default(key.default),
+            key.doc,
+        )
+        for name, key in keys.items()
+    )
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _default(value: Any) -> str:
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    return "none" if value is None else f"`{value}`"
+
+
+def _optimizer_defaults() -> str:
+    parts = [
+        f"{name}: {', '.join(f'{key} {value}' for key, value in defaults.items()) or 'none'}"
+        for name, defaults in OPTIMIZER_DEFAULTS.items()
+    ]
+    return f"Defaults of `kwargs`: {'; '.join(parts)}.\n"
+
+
+def _weighting() -> list[str]:
+    """The keys of every rule."""
+    shared = treatment_keys()
+    parts = [
+        "## `weighting`\n",
+        f"`name` is the rule: one of {', '.join(f'`{name}`' for name in WEIGHTINGS)}. The default "
+        f"is `{DEFAULT_WEIGHTING}`. A method without `grap_` takes no such block.\n",
+        "These keys say what is done with a rule's weights. Every rule but `supervised` takes "
+        "them; a rule with another default than this table says so.\n",
+        _keys(shared),
+    ]
+    for name, rule in WEIGHTINGS.items():
+        own = {key: each for key, each in rule.keys.items() if key not in shared}
+        other = [
+            f"`{key}` is `{each.default}`"
+            for key, each in rule.keys.items()
+            if key in shared and each.default != shared[key].default
+        ]
+        parts += [f"### `{name}`\n", _first_sentence(rule)]
+        if own:
+            parts.append(_keys(own))
+        if other:
+            parts.append(f"By default {' and '.join(other)}.\n")
+    return parts
+
+
+def _methods() -> list[str]:
+    """The keys of every method."""
+    parts = ["## `method_kwargs`\n", "Every method takes:\n", _keys(CompositeMethod.all_keys())]
+    for name, method in METHODS.items():
+        keys = method.method_keys
+        parts += [f"### `{name}` and `grap_{name}`\n", _keys(keys)]
+    return parts
+
+
+def _first_sentence(rule: type) -> str:
+    """The first paragraph of a class's documentation, as Markdown."""
+    text = inspect.getdoc(rule) or ""
+    return text.split("\n\n")[0].replace("``", "`") + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
