@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, create_model
 from grap_solo.data import DATASETS, FORMATS
 from grap_solo.methods import CompositeMethod
 from grap_solo.methods.composite import CONFIG_KEYS
-from grap_solo.solo.base import OPTIMIZERS, SCHEDULERS
+from grap_solo.solo.optimizers import OPTIMIZERS, SCHEDULERS
 from grap_solo.training.blocks import A_BLOCK, Block, OneOf, Strict, keys_model, nested, unfilled
 from grap_solo.weighting import Weighting
 
