@@ -20,10 +20,11 @@ from grap_solo.data.datasets import (
     DATASETS,
     FORMATS,
     NUM_CLASSES,
-    Images,
+    load_both,
     load_images,
     split_labels,
 )
+from grap_solo.data.images import Images, UnreadableImage, read_image
 from grap_solo.data.sampling import (
     EpochSampler,
     Place,
@@ -37,9 +38,12 @@ __all__ = [
     "DATASETS",
     "FORMATS",
     "NUM_CLASSES",
+    "Images",
+    "UnreadableImage",
     "count_crops",
     "evaluation_loader",
     "labelled_loader",
+    "load_both",
     "load_images",
     "pretrain_loader",
     "resolve_num_classes",
@@ -60,7 +64,7 @@ class _Views(Dataset[tuple[int, list[Tensor], int]]):
 
     def __getitem__(self, place: Place) -> tuple[int, list[Tensor], int]:
         draw, index = place
-        image, label = self.images[index]
+        image, label = read_image(self.images, index)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(draw, index))
             return index, [transform(image) for transform in self.transforms], label
@@ -76,7 +80,7 @@ class _Evaluated(Dataset[tuple[Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
+        image, label = read_image(self.images, index)
         return self.transform(image), label
 
 

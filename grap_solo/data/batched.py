@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from grap_solo.data.augmentations import build_views
 from grap_solo.data.batched_views import Pipeline, send_to_device
-from grap_solo.data.datasets import Images
+from grap_solo.data.images import Images, read_image
 from grap_solo.data.sampling import EpochSampler, ignore_sigterm, mixed_seed
 from grap_solo.distributed import rank, world_size
 from grap_solo.errors import ConfigError
@@ -183,15 +183,15 @@ def decode(images: Images) -> Tensor:
     """Decodes all images: uint8, shape (N, 3, H, W).
 
     Raises:
-        ConfigError: if the images are of several sizes.
+        ConfigError: if the images are of several sizes, or one cannot be read.
     """
-    width, height = images[0][0].size
+    width, height = read_image(images, 0)[0].size
     pixels = np.empty((len(images), height, width, 3), np.uint8)
     for index in range(len(images)):
-        image = images[index][0]
+        image = read_image(images, index)[0]
         if image.size != (width, height):
             raise ConfigError(
-                f"data.batched: image {index} is {image.size[0]}x{image.size[1]}, not "
+                f"data.batched: {images.describe(index)} is {image.size[0]}x{image.size[1]}, not "
                 f"{width}x{height} like the first: set data.batched=False"
             )
         pixels[index] = np.asarray(image)

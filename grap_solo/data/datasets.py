@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,23 @@ from omegaconf import DictConfig
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.utils.data import Dataset
 
+from grap_solo.data.images import (
+    Images,
+    Part,
+    Relabelled,
+    Sample,
+    open_rgb,
+    partly_labelled,
+    without_labels,
+)
+from grap_solo.data.parquet import Parquet
 from grap_solo.errors import ConfigError
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
 DATASETS = (*NUM_CLASSES, "custom")
 FORMATS = ("image_folder", "parquet")
 DIGITS_SIZE = 32
-
-Sample = tuple[Image.Image, int]
-
-
-class Images(Dataset[Sample]):
-    """Images with labels in memory or on disk.
-
-    Attributes:
-        targets: the labels, shape (N,); -1 for an unlabelled image.
-        classes: the number of classes that the source declares; None if it declares none.
-    """
-
-    targets: np.ndarray
-    classes: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.targets)
 
 
 class Digits(Images):
@@ -69,40 +61,8 @@ class Digits(Images):
         return self.images[index], int(self.targets[index])
 
 
-class Parquet(Images):
-    """A Parquet file with columns ``img`` (a struct with encoded ``bytes``) and ``label``.
-
-    Keeps the encoded images in memory and decodes an image on access.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ConfigError: if it is not such a file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path, columns=["img", "label"])
-            self.encoded = pyarrow.compute.struct_field(table["img"], "bytes")
-            self.targets = table["label"].to_numpy().astype(np.int64)
-        except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
-            line = str(error).splitlines()[0]
-            raise ConfigError(
-                f"{path}: not a Parquet file with columns 'img' (with 'bytes') and 'label': {line}"
-            ) from None
-
-    def __getitem__(self, index: int) -> Sample:
-        data = io.BytesIO(self.encoded[index].as_py())
-        return Image.open(data).convert("RGB"), int(self.targets[index])
-
-
 class Torchvision(Images):
-    """A torchvision dataset: ``ImageFolder``, ``CIFAR10`` or ``CIFAR100``."""
+    """A torchvision dataset: ``CIFAR10``, ``CIFAR100`` or a folder of class folders."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -114,69 +74,83 @@ class Torchvision(Images):
         return image, int(label)
 
 
+class ClassFolders(Torchvision):
+    """A folder with a folder of images for each class. Hidden files and folders are left out.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ConfigError: if images lie beside the class folders.
+        FileNotFoundError: if there are no class folders, or one of them holds no image.
+    """
+
+    def __init__(self, path: Path) -> None:
+        loose = _image_files(path, path.iterdir())
+        if loose:
+            raise ConfigError(
+                f"{loose[0]}: lies beside the class folders of {path}: move it into one, or set "
+                "data.no_labels=True to train on all images without labels"
+            )
+        super().__init__(_Visible(path))
+        self.class_names = self.dataset.classes
+
+    def describe(self, index: int) -> str:
+        return str(self.dataset.samples[index][0])
+
+
+class _Visible(torchvision.datasets.ImageFolder):
+    """torchvision's, without hidden files and folders."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            str(path),
+            loader=open_rgb,
+            is_valid_file=lambda file: bool(_image_files(path, [Path(file)])),
+        )
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = _visible_folders(Path(directory))
+        if not names:
+            raise FileNotFoundError(f"no class folders in {directory}")
+        return names, {name: label for label, name in enumerate(names)}
+
+
 class Folder(Images):
-    """All images of one folder, without labels.
+    """All images in a folder and in the folders inside it, without labels; hidden files and
+    folders are left out.
 
     Args:
         path: the folder.
     """
 
     def __init__(self, path: Path) -> None:
-        extensions = torchvision.datasets.folder.IMG_EXTENSIONS
-        self.files = sorted(each for each in path.iterdir() if each.suffix.lower() in extensions)
+        self.files = sorted(_image_files(path, path.rglob("*")))
         self.targets = np.full(len(self.files), -1)
 
     def __getitem__(self, index: int) -> Sample:
-        return Image.open(self.files[index]).convert("RGB"), -1
+        return open_rgb(self.files[index]), -1
+
+    def describe(self, index: int) -> str:
+        return str(self.files[index])
 
 
-class Unlabelled(Images):
-    """A dataset's images without their labels.
-
-    Args:
-        dataset: the dataset.
-    """
-
-    def __init__(self, dataset: Images) -> None:
-        self.dataset, self.classes = dataset, dataset.classes
-        self.targets = np.full(len(dataset), -1)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[index][0], -1
+def _visible_folders(path: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    inside = (each for each in path.iterdir() if each.is_dir())
+    return sorted(each.name for each in inside if not each.name.startswith("."))
 
 
-class PartlyLabelled(Images):
-    """A dataset with only some of its labels.
-
-    Args:
-        dataset: the dataset.
-        kept: the indexes of the images that keep their labels.
-    """
-
-    def __init__(self, dataset: Images, kept: np.ndarray) -> None:
-        self.dataset, self.classes = dataset, dataset.classes
-        self.targets = np.full(len(dataset), -1)
-        self.targets[kept] = dataset.targets[kept]
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[index][0], int(self.targets[index])
-
-
-class Part(Images):
-    """Some of a dataset's images.
-
-    Args:
-        dataset: the dataset.
-        kept: the indexes to keep.
-    """
-
-    def __init__(self, dataset: Images, kept: np.ndarray) -> None:
-        self.dataset, self.kept = dataset, kept
-        self.targets = dataset.targets[kept]
-        self.classes = dataset.classes
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[int(self.kept[index])]
+def _image_files(root: Path, files: Iterable[Path]) -> list[Path]:
+    """Those of the files below a folder that are images by their name, and not hidden there."""
+    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
+    return [
+        each
+        for each in files
+        if each.suffix.lower() in extensions
+        and not any(part.startswith(".") for part in each.relative_to(root).parts)
+        and not each.is_dir()
+    ]
 
 
 def split_labels(
@@ -214,9 +188,9 @@ def split_labels(
             ) from None
     kept = np.sort(kept)
     if not held_out:
-        return PartlyLabelled(images, kept), None, kept
+        return partly_labelled(images, kept), None, kept
     rest = np.setdiff1d(np.arange(len(images)), kept)
-    return Unlabelled(Part(images, rest)), Part(images, kept), kept
+    return without_labels(Part(images, rest)), Part(images, kept), kept
 
 
 def load_images(config: DictConfig, train: bool) -> Images:
@@ -240,7 +214,7 @@ def load_images(config: DictConfig, train: bool) -> Images:
     if not len(images):
         raise ConfigError(f"{key}: no images in {path}: give a folder or file that holds some")
     if config.no_labels:
-        images = Unlabelled(images)
+        images = without_labels(images)
     fraction = config.fraction
     if train and fraction > 0:
         labels = None if config.no_labels else images.targets
@@ -252,6 +226,49 @@ def load_images(config: DictConfig, train: bool) -> Images:
             raise ConfigError(f"data.fraction: {fraction} of {len(images)}: {error}") from None
         images = Part(images, kept)
     return images
+
+
+def load_both(config: DictConfig) -> tuple[Images, Images]:
+    """Loads the training and the validation images, with the same number for a class in both.
+
+    Classes of folders, and of texts in Parquet files, are matched by their names.
+
+    Args:
+        config: see :func:`load_images`.
+
+    Raises:
+        ConfigError: see :func:`load_images`; or if a validation class is not among the training's.
+    """
+    train, validation = (load_images(config, train=part) for part in (True, False))
+    return train, match_classes(train, validation)
+
+
+def match_classes(train: Images, validation: Images) -> Images:
+    """Gives the validation images the numbers that the training has for their classes.
+
+    Raises:
+        ConfigError: if a validation class is not among the training's.
+    """
+    theirs, ours = validation.class_names, train.class_names
+    if theirs is None and ours is None or theirs == ours:
+        return validation
+    if theirs is None or ours is None:
+        raise ConfigError(
+            "data.val_path: its classes are "
+            + ("numbers, those of training names" if theirs is None else "names, not numbers")
+            + ": label both in the same way"
+        )
+    unknown = [name for name in theirs if name not in ours]
+    if unknown:
+        raise ConfigError(
+            f"data.val_path: its class '{unknown[0]}' is not one of training's "
+            f"({', '.join(ours[:10])}{', ...' * (len(ours) > 10)}): name both alike"
+        )
+    number = np.array([ours.index(name) for name in theirs])
+    targets = np.where(validation.targets < 0, -1, number[validation.targets])
+    matched = Relabelled(validation, targets)
+    matched.classes, matched.class_names = train.classes, ours
+    return matched
 
 
 def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:
@@ -269,10 +286,11 @@ def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:
         return _load_cifar(config, path, key, train)
     if not path.is_dir():
         raise ConfigError(f"{key}: no such folder {path}: give a folder of images")
-    if config.no_labels and not any(each.is_dir() for each in path.iterdir()):
+    flat = not _visible_folders(path) or _image_files(path, path.iterdir())
+    if config.no_labels and flat:
         return Folder(path)
     try:
-        return Torchvision(torchvision.datasets.ImageFolder(str(path)))
+        return ClassFolders(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{key}: {error}".splitlines()[0]) from None
 

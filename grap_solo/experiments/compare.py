@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from grap_solo.data import evaluation_loader, load_images, resolve_num_classes
+from grap_solo.data import evaluation_loader, load_both, load_images, resolve_num_classes
 from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import device_of, evaluate
 from grap_solo.experiments.grid import Cell, plan
@@ -226,7 +226,7 @@ def _train_and_evaluate(cell: Cell) -> None:
         model.load_state_dict(state["state_dict"])
         if not cfg.performance.disable_channel_last:
             model = model.to(memory_format=torch.channels_last)  # As in training.
-    train, validation = (load_images(cfg.data, train=part) for part in (True, False))
+    train, validation = load_both(cfg.data)
     found = evaluate(
         model.backbone,
         evaluation_loader(cfg, train),

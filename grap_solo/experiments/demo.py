@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig
 
 from grap_solo.compose import CONFIGS, compose
-from grap_solo.data import evaluation_loader, load_images
+from grap_solo.data import evaluation_loader, load_both
 from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import Evaluation, evaluate
 from grap_solo.experiments.retrain import retrain
@@ -91,7 +91,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[DemoRow]:
 
 
 def _evaluate(run: Run, model: CompositeMethod) -> Evaluation:
-    train, validation = (load_images(run.cfg.data, train=part) for part in (True, False))
+    train, validation = load_both(run.cfg.data)
     return evaluate(
         model.backbone,
         evaluation_loader(run.cfg, train),

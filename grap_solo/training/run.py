@@ -27,8 +27,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.data import (
+    Images,
     evaluation_loader,
     labelled_loader,
+    load_both,
     load_images,
     pretrain_loader,
     resolve_num_classes,
@@ -177,8 +179,11 @@ def _fit(
 def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
     """The loaders for training, from an epoch on, and validation, and the indexes of the images
     that keep their labels if not all do. Fills in ``data.num_classes``."""
-    train_images = load_images(cfg.data, train=True)
-    val_images = None if no_validation(cfg) else load_images(cfg.data, train=False)
+    val_images: Images | None = None
+    if no_validation(cfg):
+        train_images = load_images(cfg.data, train=True)
+    else:
+        train_images, val_images = load_both(cfg.data)
     processes = images_per_step(cfg) // cfg.optimizer.batch_size
     if val_images is not None and len(val_images) < processes:
         raise ConfigError(

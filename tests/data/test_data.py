@@ -14,6 +14,7 @@ from PIL import Image
 from grap_solo import ConfigError
 from grap_solo.data import (
     evaluation_loader,
+    load_both,
     load_images,
     pretrain_loader,
     resolve_num_classes,
@@ -76,13 +77,16 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write_parquet(path, labels):
+def write_parquet(path, labels, kind=None, spoiled=()):
     encoded = []
     for seed in range(len(labels)):
         buffer = io.BytesIO()
         picture(seed).save(buffer, format="PNG")
         encoded.append({"bytes": buffer.getvalue(), "path": f"{seed}.png"})
-    pq.write_table(pa.table({"img": encoded, "label": pa.array(labels, pa.int64())}), path)
+    for row in spoiled:
+        encoded[row]["bytes"] = spoiled[row]
+    labels = pa.array(labels, kind or pa.int64())
+    pq.write_table(pa.table({"img": encoded, "label": labels}), path)
 
 
 def test_digits_are_stratified_and_apart():
@@ -279,3 +283,151 @@ def test_views_follow_the_list_and_unknown_keys_are_named():
     assert len(build_views("digits", two)) == 3
     with pytest.raises(ConfigError, match="unknown name 'grayscal': did you mean 'grayscale'"):
         build_pipeline("digits", OmegaConf.create({**PLAIN, "grayscal": {"prob": 1.0}}))
+
+
+# ---- classes by name -----------------------------------------------------------------------------
+
+
+def class_folders(root, names, count=3, save=lambda seed, path: picture(seed).save(path)):
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            save(10 * label + index, root / name / f"{index}.png")
+    return str(root)
+
+
+def test_validation_classes_are_trainings_by_name(tmp_path):
+    train = class_folders(tmp_path / "train", ["a", "b", "c"])
+    val = class_folders(tmp_path / "val", ["b", "c"])
+    both = load_both(data("custom", train_path=train, val_path=val))
+    assert both[1].targets.tolist() == [1, 1, 1, 2, 2, 2] and both[1][3][1] == 2
+    assert [each.classes for each in both] == [3, 3]
+    assert resolve_num_classes(data("custom"), *both) == 3
+    class_folders(tmp_path / "val" / "..", ["val/d"])
+    with pytest.raises(ConfigError, match=r"data.val_path: its class 'd' is not one of training's"):
+        load_both(data("custom", train_path=train, val_path=val))
+
+
+def test_parquets_texts_are_classes_by_name_and_match(tmp_path):
+    for part, labels in (("train", ["fox", "cat", None, "dog"]), ("val", ["fox", "dog"])):
+        write_parquet(tmp_path / f"{part}.parquet", labels, pa.string())
+    block = data("custom", format="parquet", train_path=str(tmp_path), val_path=str(tmp_path))
+    train, validation = load_both(block)
+    assert train.class_names == ["cat", "dog", "fox"] and train.targets.tolist() == [2, 0, -1, 1]
+    assert validation.targets.tolist() == [2, 1] and train[2][1] == -1
+    write_parquet(tmp_path / "val.parquet", [0, 1])
+    with pytest.raises(ConfigError, match="data.val_path: its classes are numbers, those of train"):
+        load_both(block)
+    both = pa.array(["cat", "fox"]).dictionary_encode()
+    write_parquet(tmp_path / "val.parquet", both, both.type)
+    assert load_both(block)[1].targets.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "expected"),
+    [
+        ([None, 0, 2], pa.int64(), [-1, 0, 2]),
+        ([None, 1.0, float("nan")], pa.float64(), [-1, 1, -1]),
+        ([True, False, None], pa.bool_(), [1, 0, -1]),
+        ([-1, 3, 4], pa.int8(), [-1, 3, 4]),
+        ([None, None, None], pa.null(), [-1, -1, -1]),
+        ([0, 0.5, 1], pa.float64(), "row 1 .*its label is 0.5: give whole numbers"),
+        ([0, 1, 10**12], pa.int64(), "row 2 .*its label is 1000000000000: give whole numbers"),
+        ([0, 2**64 - 1, 1], pa.uint64(), "row 1 .*its label is 18446744073709551615"),
+        ([0, -2, 1], pa.int32(), "row 1 .*its label is -2: give"),
+        ([0, float("inf"), 1], pa.float32(), "row 1 .*its label is inf: give"),
+        ([b"a", b"b", b"c"], pa.binary(), "its labels are of type binary: give whole numbers or"),
+    ],
+)
+def test_parquets_labels_are_classes_or_refused_by_their_row(labels, kind, expected, tmp_path):
+    file = tmp_path / "train.parquet"
+    write_parquet(file, labels, kind)
+    block = data("custom", format="parquet", train_path=str(file))
+    if isinstance(expected, list):
+        assert load_images(block, train=True).targets.tolist() == expected
+    else:
+        with pytest.raises(ConfigError, match=f"{file}.*{expected}"):
+            load_images(block, train=True)
+
+
+# ---- which files are images, and how they are read -----------------------------------------------
+
+
+def test_hidden_files_and_folders_are_no_images_and_no_classes(tmp_path):
+    path = class_folders(tmp_path / "train", ["a", "b", ".ipynb_checkpoints", "a/.thumbnails"])
+    picture(0).save(tmp_path / "train" / "b" / "._0.png")
+    picture(0).save(tmp_path / "train" / ".cover.png")
+    images = load_images(data("custom", train_path=path), train=True)
+    assert images.class_names == ["a", "b"] and len(images) == 6
+    images = load_images(data("custom", train_path=path, no_labels=True), train=True)
+    assert len(images) == 6
+
+
+def test_images_beside_class_folders_are_all_used_or_refused(tmp_path):
+    path = class_folders(tmp_path / "train", ["a", "b"])
+    picture(0).save(tmp_path / "train" / "loose.png")
+    with pytest.raises(ConfigError, match=r"loose.png: lies beside the class folders of .*train"):
+        load_images(data("custom", train_path=path), train=True)
+    images = load_images(data("custom", train_path=path, no_labels=True), train=True)
+    assert len(images) == 7 and set(images.targets) == {-1}
+
+
+@pytest.mark.parametrize(
+    ("pixels", "name"),
+    [
+        (np.arange(64).reshape(8, 8) * 1040, "uint16.png"),
+        (np.arange(64).reshape(8, 8) * 1040, "uint16.tif"),
+        (np.arange(64).reshape(8, 8) * 1040, "int32.tif"),
+        (np.arange(64).reshape(8, 8) * 34_087_042, "int32.tif"),
+        (np.arange(64).reshape(8, 8) * 4, "int32.tif"),
+        (np.arange(64).reshape(8, 8) / 63, "float32.tif"),
+        (np.arange(64).reshape(8, 8) * 4, "float32.tif"),
+        (np.arange(64).reshape(8, 8) * 1040, "float32.tif"),
+    ],
+)
+def test_deep_gray_images_are_scaled_to_8_bit(pixels, name, tmp_path):
+    kind, _, suffix = name.partition(".")
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels.astype(kind)).save(tmp_path / "a" / f"0.{suffix}")
+    write_parquet(tmp_path / "train.parquet", [0])
+    images = load_images(data("custom", train_path=str(tmp_path)), train=True)
+    gray = np.asarray(images[0][0])
+    assert gray.shape == (8, 8, 3) and gray.dtype == np.uint8
+    expected = np.arange(64).reshape(8, 8) * 4.0
+    assert np.abs(gray - expected[:, :, None]).max() < 4
+
+
+def test_a_float_image_without_numbers_is_read(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "0.tif")
+    images = load_images(data("custom", train_path=str(tmp_path), no_labels=True), train=True)
+    assert np.asarray(images[0][0]).max() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("spoil", ["truncated", "text", "empty", "dangling"])
+def test_an_image_that_cannot_be_read_is_named(spoil, batched, workers, tmp_path):
+    path = class_folders(tmp_path / "train", ["a", "b"])
+    file = tmp_path / "train" / "b" / "1.png"
+    if spoil == "dangling":
+        file.unlink()
+        file.symlink_to("nowhere.png")
+    else:
+        content = {"truncated": file.read_bytes()[:100], "text": b"<html>404", "empty": b""}
+        file.write_bytes(content[spoil])
+    block = data("custom", train_path=path, num_workers=workers, batched=batched)
+    for make in (lambda c, i: pretrain_loader(c, i, 2), evaluation_loader):
+        cfg = config(block, batch_size=2)
+        with pytest.raises(ConfigError, match=f"^{file}: cannot be read as an image") as found:
+            list(make(cfg, load_images(cfg.data, train=True)))
+        assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("content", [None, b"nope"])
+def test_a_parquet_row_that_cannot_be_read_is_named(content, tmp_path):
+    file = tmp_path / "train.parquet"
+    write_parquet(file, [0, 1, 0, 1], spoiled={2: content})
+    block = data("custom", format="parquet", train_path=str(file), num_workers=1)
+    cfg = config(block, batch_size=2)
+    with pytest.raises(ConfigError, match=rf"^{file}, row 2 \(the first is 0\): cannot be read"):
+        list(evaluation_loader(cfg, load_images(cfg.data, train=True)))

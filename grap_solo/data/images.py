@@ -1,0 +1,137 @@
+"""A dataset's images: read with a clear error, converted to 8-bit RGB, in part or relabelled."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from grap_solo.errors import ConfigError
+
+Sample = tuple[Image.Image, int]
+RANGES = (255, 2**16 - 1, 2**31 - 1)
+"""The largest values of the integer ranges that gray images come in."""
+
+
+class UnreadableImage(ConfigError):
+    """An image that cannot be loaded; the text names its file or row.
+
+    A loading process sends the error with its traceback in front: only the last line is kept.
+    """
+
+    def __init__(self, text: str) -> None:
+        lines = text.strip().splitlines() or [""]
+        super().__init__(lines[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+class Images(Dataset[Sample]):
+    """Images with labels in memory or on disk.
+
+    Attributes:
+        targets: the labels, shape (N,); -1 for an unlabelled image.
+        classes: the number of classes that the source declares; None if it declares none.
+        class_names: each label's name; None where the labels are numbers.
+    """
+
+    targets: np.ndarray
+    classes: int | None = None
+    class_names: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def describe(self, index: int) -> str:
+        """The file or row of an image, for an error's text."""
+        return f"image {index}"
+
+
+class Relabelled(Images):
+    """A dataset's images with other labels.
+
+    Args:
+        dataset: the dataset.
+        targets: the labels, shape (N,).
+    """
+
+    def __init__(self, dataset: Images, targets: np.ndarray) -> None:
+        self.dataset, self.targets = dataset, targets
+        self.classes, self.class_names = dataset.classes, dataset.class_names
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[index][0], int(self.targets[index])
+
+    def describe(self, index: int) -> str:
+        return self.dataset.describe(index)
+
+
+class Part(Images):
+    """Some of a dataset's images.
+
+    Args:
+        dataset: the dataset.
+        kept: the indexes to keep.
+    """
+
+    def __init__(self, dataset: Images, kept: np.ndarray) -> None:
+        self.dataset, self.kept = dataset, kept
+        self.targets = dataset.targets[kept]
+        self.classes, self.class_names = dataset.classes, dataset.class_names
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[int(self.kept[index])]
+
+    def describe(self, index: int) -> str:
+        return self.dataset.describe(int(self.kept[index]))
+
+
+def without_labels(dataset: Images) -> Relabelled:
+    """A dataset's images without their labels."""
+    return Relabelled(dataset, np.full(len(dataset), -1))
+
+
+def partly_labelled(dataset: Images, kept: np.ndarray) -> Relabelled:
+    """A dataset in which only some images keep their labels, those at the indexes ``kept``."""
+    targets = np.full(len(dataset), -1)
+    targets[kept] = dataset.targets[kept]
+    return Relabelled(dataset, targets)
+
+
+def read_image(images: Images, index: int) -> Sample:
+    """An image and its label.
+
+    Raises:
+        UnreadableImage: if it cannot be loaded.
+    """
+    try:
+        return images[index]
+    except (MemoryError, UnreadableImage):
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(
+            f"{images.describe(index)}: cannot be read as an image ({line}): replace or remove it"
+        ) from error
+
+
+def open_rgb(source: str | Path | io.BytesIO) -> Image.Image:
+    """Reads an image as 8-bit RGB.
+
+    PIL would cut a gray image of 16 or 32 bits, or of floats, at 255. Such an image is scaled to 8
+    bits instead: one of 16 bits from 65,535, any other from the smallest of 1 (floats only), 255,
+    65,535 and 2^31 - 1 that is not below its largest value.
+    """
+    with Image.open(source) as image:
+        if not image.mode.startswith(("I", "F")):
+            return image.convert("RGB")
+        pixels = np.asarray(image).astype(np.float64)
+        ranges: tuple[int, ...] = (65_535,) if ";16" in image.mode else RANGES
+        if image.mode == "F":
+            ranges = (1, *RANGES)
+    pixels = np.nan_to_num(pixels, posinf=0, neginf=0).clip(min=0)
+    largest = pixels.max(initial=0)
+    full = next((each for each in ranges if largest <= each), largest)
+    return Image.fromarray((pixels * (255 / full)).round().astype(np.uint8)).convert("RGB")
