@@ -29,9 +29,9 @@ from grap_solo.data.sampling import (
     EpochSampler,
     Place,
     ShareSampler,
-    ignore_sigterm,
     mixed_seed,
 )
+from grap_solo.data.workers import build_loader, stop_workers
 from grap_solo.errors import ConfigError
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "pretrain_loader",
     "resolve_num_classes",
     "split_labels",
+    "stop_workers",
 ]
 
 
@@ -184,13 +185,10 @@ def _build_training_loader(
 def _build_loader(
     cfg: DictConfig, dataset: Dataset[Any], sampler: Sampler[Any], drop_last: bool
 ) -> DataLoader[Any]:
-    return DataLoader(
+    return build_loader(
         dataset,
+        cfg.data.num_workers,
         sampler=sampler,
         drop_last=drop_last,
         batch_size=cfg.optimizer.batch_size,
-        num_workers=cfg.data.num_workers,
-        persistent_workers=cfg.data.num_workers > 0,
-        worker_init_fn=ignore_sigterm,
-        pin_memory=torch.cuda.is_available(),
     )

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from grap_solo.data.augmentations import build_views
 from grap_solo.data.batched_views import Pipeline, send_to_device
 from grap_solo.data.images import Images, read_image
-from grap_solo.data.sampling import EpochSampler, ignore_sigterm, mixed_seed
+from grap_solo.data.sampling import EpochSampler, mixed_seed
+from grap_solo.data.workers import build_loader
 from grap_solo.distributed import rank, world_size
 from grap_solo.errors import ConfigError
 
@@ -127,14 +128,12 @@ class BatchedLoader:
         num_workers: int = 0,
     ) -> None:
         self.sampler = sampler
-        self._loader: DataLoader[Any] = DataLoader(
+        self._loader: DataLoader[Any] = build_loader(
             dataset,
+            num_workers,
             sampler=BatchPlanSampler(sampler, batch_size, drop_last),
             batch_size=None,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
             pin_memory=dataset.device.type == "cpu" and torch.cuda.is_available(),
-            worker_init_fn=ignore_sigterm,
             generator=torch.Generator(),  # The default draws from the global random state.
         )
 

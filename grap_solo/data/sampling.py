@@ -6,7 +6,6 @@ uninterrupted run, for any number of workers.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -70,9 +69,3 @@ class ShareSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(rank(), self.size, world_size()))
-
-
-def ignore_sigterm(worker: int) -> None:
-    """Makes a loader's worker ignore SIGTERM. The training ends its step first, and needs its
-    workers until then."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

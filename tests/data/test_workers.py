@@ -1,0 +1,65 @@
+"""Programs whose loaders have worker processes end by themselves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+
+# The loader is still referred to at the end, as by a traceback; its workers ignore SIGTERM.
+SCRIPT = """
+import sys, time, torch
+from omegaconf import OmegaConf
+from helpers import DIGITS
+from grap_solo.compose import compose
+from grap_solo.data import evaluation_loader, load_images, pretrain_loader
+
+if __name__ == "__main__":
+    start_method, kind, end = sys.argv[1:]
+    torch.multiprocessing.set_start_method(start_method)
+    cfg = compose(DIGITS / "all4one.yaml", ["data.num_workers=1", "+data.format=image_folder",
+                  f"+data.batched={kind == 'batched'}", "+data.no_labels=false",
+                  "+data.fraction=0.1", "optimizer.batch_size=8", "+seed=1"])
+    images = load_images(cfg.data, train=True)
+    make = evaluation_loader if kind == "evaluated" else lambda c, i: pretrain_loader(c, i, 8)
+    loader = make(cfg, images)
+    batches = iter(loader)
+    next(batches)
+    print("loaded", flush=True)
+    if end == "error":
+        raise ValueError("an error")
+    if end == "signal":
+        time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("start_method", "kind", "end"),
+    [
+        ("fork", "batched", "success"),
+        ("fork", "single", "error"),
+        ("spawn", "batched", "error"),
+        ("forkserver", "batched", "signal"),
+        ("fork", "evaluated", "signal"),
+    ],
+)
+def test_a_program_ends_with_its_loaders_workers(start_method, kind, end, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", script, start_method, kind, end],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout.readline() == "loaded\n", process.communicate()[1]
+    if end == "signal":
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)  # An interrupted program ends as one that fails does.
+    try:
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == {"success": 0, "error": 1, "signal": -signal.SIGINT}[end]
