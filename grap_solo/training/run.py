@@ -35,6 +35,7 @@ from grap_solo.data import (
     pretrain_loader,
     resolve_num_classes,
     split_labels,
+    stop_workers,
 )
 from grap_solo.errors import ConfigError
 from grap_solo.methods import CompositeMethod, find_method
@@ -174,6 +175,8 @@ def _fit(
             raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
         except (OSError, RuntimeError) as error:
             raise explain_machine_failure(error, directory) from error
+        finally:
+            stop_workers()  # Lightning ends the workers of its own kind of loader only.
 
 
 def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:

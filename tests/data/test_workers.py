@@ -20,9 +20,9 @@ from grap_solo.data import evaluation_loader, load_images, pretrain_loader
 if __name__ == "__main__":
     start_method, kind, end = sys.argv[1:]
     torch.multiprocessing.set_start_method(start_method)
-    cfg = compose(DIGITS / "all4one.yaml", ["data.num_workers=1", "+data.format=image_folder",
-                  f"+data.batched={kind == 'batched'}", "+data.no_labels=false",
-                  "+data.fraction=0.1", "optimizer.batch_size=8", "+seed=1"])
+    changes = ["data.num_workers=1", f"++data.batched={kind == 'batched'}", "++data.fraction=0.1",
+               "++data.format=image_folder", "++data.no_labels=false", "++seed=1"]
+    cfg = compose(DIGITS / "all4one.yaml", [*changes, "optimizer.batch_size=8"])
     images = load_images(cfg.data, train=True)
     make = evaluation_loader if kind == "evaluated" else lambda c, i: pretrain_loader(c, i, 8)
     loader = make(cfg, images)
