@@ -16,7 +16,7 @@ from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import Evaluation, evaluate
 from grap_solo.experiments.retrain import retrain
 from grap_solo.methods import CompositeMethod, find_method
-from grap_solo.records.files import MEDIAN_FILE
+from grap_solo.records.files import MEDIAN_FILE, PICTURE_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from grap_solo.records.weights import median_weights
 from grap_solo.report.tables import format_number, format_weights, markdown, write_csv, write_text
 from grap_solo.training.run import Run, pretrain
@@ -106,19 +106,19 @@ def _evaluate_untrained(run: Run) -> Evaluation:
 
 
 def _row(method: str, run: Run) -> DemoRow:
-    weights = median_weights(run.directory / "weights.csv", run.model.weighting.warmup_epochs)
+    weights = median_weights(run.directory / WEIGHTS_FILE, run.model.weighting.warmup_epochs)
     return DemoRow(method, run.accuracy, _evaluate(run, run.model), weights)
 
 
 def _write_summary(rows: Sequence[DemoRow], directory: Path, seconds: float, run: Run) -> None:
     cells = [[*HEADER, *TERMS], *(row.cells() for row in rows)]
-    write_csv(directory / "summary.csv", cells)
+    write_csv(directory / SUMMARY_FILE, cells)
     notes = (
         f"Top-1 on digits' validation images in percent (one seed, {run.cfg.seed}; "
         f"{run.cfg.max_epochs} epochs). The weights are All4One's own, the median of those that "
         f"GraP learned, and that median held constant. Training took {seconds:.0f} s."
     )
     text = write_text(directory / "summary.md", markdown(cells), notes)
-    files = ("summary.md", "summary.csv", "grap/weights.png", f"grap/{MEDIAN_FILE}")
+    files = ("summary.md", SUMMARY_FILE, f"grap/{PICTURE_FILE}", f"grap/{MEDIAN_FILE}")
     print(f"\n{text}")
     print("files:", ", ".join(str(directory / file) for file in files))

@@ -12,12 +12,13 @@ import pandas as pd
 from scipy.stats import ttest_ind
 from statsmodels.stats.multitest import multipletests
 
+from grap_solo.records.files import SUMMARY_FILE
+from grap_solo.records.runs import MEASURES
 from grap_solo.records.weights import format_weight
 
 MISSING = "-"
 """The cell of a table that has no value."""
 
-METRICS = {"online": "online probe", "linear": "linear probe", "knn": "k-NN", "rankme": "RankMe"}
 BASELINE = "fixed"
 """The method that costs and p-values compare with."""
 
@@ -34,7 +35,7 @@ def table_of_runs(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         plain = {key: value for key, value in result.items() if key != "weights"}
         weights = {f"weight/{term}": w for term, w in result.get("weights", {}).items()}
         rows.append({"reason": "", **plain, **weights})
-    columns = ["method", "seed", *METRICS, "seconds", "reason"]
+    columns = ["method", "seed", *MEASURES, "seconds", "reason"]
     frame = pd.DataFrame(rows).reindex(columns=list(dict.fromkeys([*columns, *_weights(rows)])))
     frame["online"] = pd.to_numeric(frame["online"])
     return frame
@@ -64,7 +65,7 @@ def table_of_methods(
         mine = runs[runs["method"] == method]
         done = mine[mine["reason"] == ""]
         row: dict[str, Any] = {"method": method, "runs": len(done), "failed": len(mine) - len(done)}
-        for metric in METRICS:
+        for metric in MEASURES:
             row[f"{metric}_mean"] = done[metric].mean()
             row[f"{metric}_std"] = done[metric].std()
         cost = costs.get(method, {})
@@ -111,15 +112,15 @@ def write_summary(directory: Path, runs: pd.DataFrame, methods: pd.DataFrame, no
         The text of ``summary.md``.
     """
     runs.to_csv(directory / "runs.csv", index=False, float_format="%.6g")
-    methods.to_csv(directory / "summary.csv", index=False, float_format="%.6g")
+    methods.to_csv(directory / SUMMARY_FILE, index=False, float_format="%.6g")
     weights = [column for column in methods if column.startswith("weight/")]
-    header = ["method", "runs", *METRICS.values(), "cost", "p"]
+    header = ["method", "runs", *MEASURES.values(), "cost", "p"]
     header += [column.removeprefix("weight/") for column in weights]
     rows = [header]
     for _, row in methods.iterrows():
         count = f"{row['runs']}" + (f" ({row['failed']} failed)" if row["failed"] else "")
         cells = [row["method"], count]
-        cells += [_mean_and_std(row, metric) for metric in METRICS]
+        cells += [_mean_and_std(row, metric) for metric in MEASURES]
         cells += [format_number(row["cost"], ".2f"), format_number(row["p_value"], ".3f")]
         rows.append(cells + [_weight(row[column]) for column in weights])
     parts = [markdown(rows), notes]

@@ -24,7 +24,7 @@ from grap_solo.experiments.grid import plan, read_grid
 from grap_solo.report.tables import p_values, table_of_methods, table_of_runs
 from grap_solo.weighting import WEIGHTINGS
 
-GRIDS = ROOT / "configs" / "table3"
+GRIDS = sorted((ROOT / "configs" / "table3").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 METHODS = ["fixed", "grap", "grap_tuned"]
 
@@ -93,6 +93,7 @@ def test_what_a_comparison_leaves(whole):
         assert child["weighting"] == parent["weighting"] and child["seed"] == seed
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_is_the_same(whole, tmp_path):
     process = command(tmp_path, "methods=[fixed,grap,grap_tuned]", "seeds=[1,2]", "processes=2")
     deadline = time.monotonic() + 120
@@ -179,7 +180,12 @@ def test_other_runs_in_its_place_are_refused_and_kept(whole):
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*.json")}
 
 
-@pytest.mark.parametrize("file", GRIDS.glob("*.yaml"), ids=lambda file: file.stem)
+def test_there_is_a_grid_for_each_data_set():
+    names = [file.stem for file in GRIDS]
+    assert names == ["cifar10", "cifar100", "digits", "imagenet100"]
+
+
+@pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
 def test_the_papers_grid_is_planned(file):
     def load(path, overrides):
         return compose(path, list(overrides))
@@ -206,7 +212,7 @@ def test_the_grids_keys_come_from_the_command_line_too(tmp_path):
 
     cfg, grid = read_grid(DIGITS / "grap.yaml", ["methods=[grap]", "+seeds=[3]", "seed=1"], load)
     assert grid == {"methods": ["grap"], "seeds": [3]} and cfg.seed == 1
-    file = GRIDS.resolve() / "digits.yaml"
+    file = next(file for file in GRIDS if file.stem == "digits")
     cfg, grid = read_grid(file, ["seeds=[9]", "max_epochs=3"], load)
     assert grid["seeds"] == [9] and cfg.max_epochs == 3 and cfg.name == "table3-digits"
 

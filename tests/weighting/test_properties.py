@@ -125,8 +125,6 @@ def paths(draw, batches=any_batches, least=1, most=4, **keys):
     """The batches of a few steps with the same terms."""
     first = draw(batches(**keys))
     length = draw(st.integers(least, most))
-    if "least" in keys:
-        keys.pop("least")
     if batches is any_batches:
         keys["dtype"] = first.rows.dtype
     keys["count"] = first.count
