@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grap_solo.errors import ConfigError
-from grap_solo.gradients import measure, stack_by_view, take_gradient
+from grap_solo.gradients import check_loss, find_bypass, measure, stack_by_view, take_gradient
 from grap_solo.weighting.base import Statistics, Weighting
 
 Rows = tuple[tuple[Tensor, ...], ...]
@@ -171,9 +171,11 @@ def balance(
             ``downstream`` is then called with the embeddings of the held-out batch.
 
     Raises:
-        ConfigError: if ``terms`` returned other names than the weighting has, if ``held_out`` is
-            given although the downstream loss trains the backbone, or if ``torch.compile`` made a
-            head that lets only one gradient through.
+        ConfigError: if ``terms`` returned other names than the weighting has, or a loss that is
+            not of shape (); if a term of a weighting that needs gradients reaches the backbone
+            other than through the embedding (found in the weighting's first step); if ``held_out``
+            is given although the downstream loss trains the backbone; or if ``torch.compile`` made
+            a head that lets only one gradient through.
     """
     views = (embeddings,) if isinstance(embeddings, Tensor) else tuple(embeddings)
     labelled = views if held_out is None else tuple(held_out.embeddings)
@@ -213,6 +215,7 @@ def _step_without_gradients(
     down = downstream(
         *(_scaled_gradient(each, lambda: part) if part else each.detach() for each in labelled)
     )
+    check_loss(down, "downstream")
     measured = measure(weighting, losses, down)
     weights = weighting(measured.statistics)
     return Step(
@@ -239,11 +242,15 @@ def _step_with_gradients(
     leaves = tuple(view.detach().requires_grad_() for view in views)
     returned = terms(*leaves)
     losses = _order_losses(returned, weighting, views[0])
+    if not weighting.bypass_checked:  # Once: the terms of later steps have the same graph.
+        _refuse_bypass(returned, views)
+        weighting.bypass_checked = True
     seen_leaves, seen = leaves, losses
     if held_out is not None:
         seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
         seen = _order_losses(held_out.terms(*seen_leaves), weighting, views[0])
     down = downstream(*seen_leaves)
+    check_loss(down, "downstream")
     half = _run_in_float16(views[0])
     scale = weighting.inner_scale if half else None
     with torch.autocast(views[0].device.type, enabled=False):
@@ -289,8 +296,20 @@ def _order_losses(losses: Mapping[str, Tensor], weighting: Weighting, like: Tens
             f"terms: the weighting is for {', '.join(weighting.active)}, "
             f"but the losses are {', '.join(losses)}: give both the same names"
         )
+    for name, loss in losses.items():
+        check_loss(loss, f"terms: '{name}'")
     zero = torch.zeros((), device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     return [losses.get(name, zero) for name in weighting.terms]
+
+
+def _refuse_bypass(losses: Mapping[str, Tensor], views: Sequence[Tensor]) -> None:
+    term = find_bypass(losses, views)
+    if term is not None:
+        raise ConfigError(
+            f"terms: '{term}' reaches the backbone other than through the embedding that it is "
+            "given, so its weight would not count there: compute it from the given embedding, and "
+            "detach everything else"
+        )
 
 
 def _run_in_float16(embedding: Tensor) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from grap_solo.distributed import world_size
 from grap_solo.errors import ConfigError
@@ -50,6 +51,53 @@ def take_gradient(
             ) from error
     wide = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in gradients)
     return tuple(each if scale is None else each / scale for each in wide)
+
+
+def check_loss(loss: object, where: str) -> None:
+    """Refuses a loss that is not a number with a graph.
+
+    Args:
+        loss: what a function of losses returned.
+        where: its name, for the error.
+
+    Raises:
+        ConfigError: if it is no tensor of floating point, or its shape is not ().
+    """
+    if not isinstance(loss, Tensor):
+        raise ConfigError(
+            f"{where}: expected a tensor of shape (), got {type(loss).__name__}: return the loss "
+            "as torch computes it"
+        )
+    if loss.shape or not loss.is_floating_point():
+        kind = f"shape {tuple(loss.shape)}" if loss.shape else f"dtype {loss.dtype}"
+        fix = "take its mean or sum" if loss.shape else "make it floating point"
+        raise ConfigError(f"{where}: expected a tensor of shape (), got one of {kind}: {fix}")
+
+
+def find_bypass(losses: Mapping[str, Tensor], views: Sequence[Tensor]) -> str | None:
+    """The first term that reaches the backbone other than through the detached embedding.
+
+    It walks the graphs of the losses and of the embedding, without a pass through them. A common
+    node is a tensor or a parameter of the backbone.
+
+    Args:
+        losses: the losses by term, each shape (), computed from the detached embedding.
+        views: the backbone's output, one (B, D) a view, with its graph.
+    """
+    backbone = _reachable(views)
+    return next((term for term, loss in losses.items() if backbone & _reachable([loss])), None)
+
+
+def _reachable(tensors: Iterable[Tensor]) -> set[Any]:
+    """The nodes of the graphs behind some tensors."""
+    found: set[Any] = set()
+    waiting: list[Any] = [get_gradient_edge(each).node for each in tensors if each.requires_grad]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(next_node for next_node, _ in node.next_functions)
+    return found
 
 
 def stack_by_view(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """The surrogate against one autograd call per term, in float64."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -190,3 +192,66 @@ def test_wrong_term_names_are_named():
     net = Net(2, 1)
     with pytest.raises(ConfigError, match="recon.*term0, term1"):
         balance(net.embed()[0], net.terms, net.downstream, GraP(["recon", "term1"]))
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def changed_terms(net, change):
+    return lambda *z: {**net.terms(*z), **change(*z)}
+
+
+@pytest.mark.parametrize("make", [GraP, Fixed])
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda z: z.square().mean().view(1), r"shape \(1,\): take its mean or sum"),
+        (lambda z: z.square().mean(1), r"shape \(7,\): take its mean or sum"),
+        (lambda z: z.square().mean().item(), r"got float: return the loss as torch computes it"),
+        (lambda z: z.argmax(), "dtype torch.int64: make it floating point"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_named(loss, message, make):
+    net = Net(2, 1)
+    weighting = make(net.names).double()
+    bad = changed_terms(net, lambda z: {"term1": loss(z)})
+    with pytest.raises(ConfigError, match=f"^terms: 'term1': expected a tensor of .*{message}"):
+        balance(net.embed()[0], bad, net.downstream, weighting)
+    with pytest.raises(ConfigError, match=f"^downstream: expected a tensor of .*{message}"):
+        balance(net.embed()[0], net.terms, loss, weighting)
+
+
+BYPASSES = {
+    "embedding": lambda net, view: view.square().mean(),
+    "image": lambda net, view: net.backbone(net.images[0]).mean(),
+    "layer": lambda net, view: net.backbone[0](net.images[0]).mean(),
+    "parameter": lambda net, view: net.backbone[0].weight.norm(),
+    "tied": lambda net, view: (view.detach() @ net.backbone[2].weight).mean(),
+}
+
+
+@pytest.mark.parametrize("way", BYPASSES)
+def test_a_term_that_reaches_the_backbone_past_the_embedding_is_refused(way):
+    net = Net(3, 1)
+    (view,) = net.embed()
+    bad = changed_terms(net, lambda z: {"term1": z.mean() + BYPASSES[way](net, view)})
+    with pytest.raises(ConfigError, match="^terms: 'term1' reaches the backbone other than"):
+        balance(view, bad, net.downstream, GraP(net.names).double())
+    # A rule that needs no gradients multiplies the whole term by its weight: nothing is wrong.
+    balance(view, bad, net.downstream, Fixed(net.names).double()).loss.backward()
+    assert net.backbone[0].weight.grad.any()
+
+
+def test_a_detached_use_of_the_backbone_is_allowed_and_the_graph_is_walked_once(monkeypatch):
+    net, calls = Net(3, 2), []
+    views = net.embed()
+    fine = changed_terms(net, lambda *z: {"term1": (z[0] - views[1].detach()).square().mean()})
+    weighting = GraP(net.names).double()
+    module = sys.modules["grap_solo.balance"]
+    original = module.find_bypass
+    monkeypatch.setattr(module, "find_bypass", lambda *args: calls.append(1) or original(*args))
+    for _ in range(3):
+        balance(views, fine, net.downstream, weighting)
+    assert calls == [1]
+    frozen = [each.detach() for each in views]  # A backbone that is not trained has no graph.
+    balance(frozen, fine, net.downstream, GraP(net.names).double()).loss.backward()

@@ -219,10 +219,8 @@ def _check_weighting(cfg: DictConfig, rule: type[Weighting]) -> None:
             "labels.fraction: the part that is held out: expected a number above 0 and up to "
             f"{LARGEST_HELD_OUT}, got {cfg.labels.fraction}"
         )
-    if rule.trains_on_labels and cfg.data.no_labels:
-        raise ConfigError(
-            f"data.no_labels: '{name}' trains the backbone with the labels: leave the key out"
-        )
+    if rule.needs_labels and cfg.data.no_labels:
+        raise without_labels("data.no_labels: no image has a label", name)
     if held_out and rule.needs_losses_after and rule.asks_for_gradients(options):
         raise ConfigError(
             f"labels.split: '{name}' with another scale or heads learns from the pretraining batch "
@@ -233,6 +231,19 @@ def _check_weighting(cfg: DictConfig, rule: type[Weighting]) -> None:
             f"labels.split: '{name}' trains the backbone with the labels, so they cannot be held "
             "out: set labels.split=train"
         )
+
+
+def without_labels(where: str, rule: str) -> ConfigError:
+    """The error for data without labels and a rule that needs some.
+
+    Args:
+        where: the key, and what it gives.
+        rule: the rule's name.
+    """
+    return ConfigError(
+        f"{where}, but '{rule}' learns from labels: give labels, or a rule that needs none, such "
+        "as weighting.name=fixed"
+    )
 
 
 def _resolve_devices(cfg: DictConfig) -> None:

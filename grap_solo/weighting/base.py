@@ -109,6 +109,9 @@ class Weighting(nn.Module, ABC):
     uses_losses = False
     """Whether the rule reads the losses' values. They are then those of the joined batch."""
 
+    needs_labels = False
+    """Whether the rule can do nothing on data without any label."""
+
     trains_on_labels = False
     """Whether the downstream loss trains the backbone."""
 
@@ -120,6 +123,9 @@ class Weighting(nn.Module, ABC):
 
     downstream_weight = 0.0
     """The weight with which the downstream loss reaches the backbone."""
+
+    bypass_checked = False
+    """Whether the terms are known to reach the backbone through the embedding alone."""
 
     inner_scale: Tensor
     """The factor of the inner gradients within heads in float16, shape ()."""

@@ -113,6 +113,7 @@ class GraP(Weighting):
         **treatment_keys(scale="reference", heads="unweighted"),
     }
     uses_gradients = True
+    needs_labels = True
     weights: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor

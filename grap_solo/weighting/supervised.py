@@ -36,6 +36,7 @@ class Auxiliary(Fixed):
         ),
         **Fixed.keys,
     }
+    needs_labels = True
     trains_on_labels = True
 
     def __init__(
@@ -57,6 +58,7 @@ class Supervised(Weighting):
     """
 
     keys = {}
+    needs_labels = True
     trains_on_labels = True
     downstream_weight = 1.0
 

@@ -18,6 +18,7 @@ from grap_solo.methods import GrapAll4One
 from grap_solo.records.weights import read_weights
 from grap_solo.training.checkpoints import EpochCheckpoint, newest_whole
 from grap_solo.training.run import pretrain
+from grap_solo.weighting import WEIGHTINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TERMS = ("nnclr", "attn_nnclr", "byol", "barlow")
@@ -147,11 +148,29 @@ def test_products_that_are_all_negative_never_leave_the_weights_at_zero():
             assert weighting.weights.min() >= 0
 
 
-def test_images_without_any_label_train_and_learn_no_weights(tmp_path):
-    run = pretrain(quiet_digits(tmp_path, "+data.no_labels=true"))
+@pytest.mark.parametrize("rule", [name for name in WEIGHTINGS if WEIGHTINGS[name].needs_labels])
+def test_a_rule_that_needs_labels_is_refused_without_any(rule, tmp_path, monkeypatch):
+    changes = ["method=grap_all4one", f"+weighting={{name: {rule}}}"]
+    message = f"no image has a label, but '{rule}' learns from labels: give labels, or a rule that"
+    with pytest.raises(ConfigError, match=f"^data.no_labels: {message}"):
+        pretrain(quiet_digits(tmp_path, *changes, "+data.no_labels=true", file="all4one"))
+    original = Digits.__init__
+
+    def unlabel(self, train):
+        original(self, train)
+        self.targets = np.where(train, -1, self.targets)
+
+    monkeypatch.setattr(Digits, "__init__", unlabel)
+    message = f"^data.train_path: no training image has a label, but '{rule}' learns from labels"
+    with pytest.raises(ConfigError, match=message):
+        pretrain(quiet_digits(tmp_path, *changes, "++data.fraction=-1", file="all4one"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rule_that_needs_no_labels_trains_without_any(tmp_path):
+    run = pretrain(quiet_digits(tmp_path, "+data.no_labels=true", file="all4one"))
     assert_whole(run)
-    assert {row["skipped"] for row in rows_of(run.directory / "diagnostics.csv")} == {"unlabelled"}
-    assert (run.model.weighting.weights == 1).all()
+    assert run.accuracy is None
 
 
 def test_a_worker_that_dies_ends_in_one_line(tmp_path, monkeypatch, capfd):
