@@ -1,4 +1,4 @@
-"""Keys of a configuration: the one home of a key's type, range, default and meaning."""
+"""The class :class:`Key`, by which a rule or a method declares a configuration key."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Key:
     Attributes:
         kind: ``int``, ``float``, ``str``, ``bool``, or ``dict`` for one number per name.
         least: a number's lower bound.
-        default: the value of a key that is left out or null. A key whose default is None must be
-            given, unless it is ``optional``.
-        above: a lower bound that the number itself may not take.
-        below: an upper bound that the number itself may not take.
+        default: the value of a key that is left out or null. Without a default the key is required,
+            unless it is ``optional``.
+        above: the number must be greater than this.
+        below: the number must be less than this.
         most: a number's upper bound.
-        choices: the valid texts. A number with choices may also be one of these texts.
+        choices: the valid texts. With choices, a number's key also accepts these texts.
         optional: whether the key may be left out although it has no default.
         doc: what the key means, in one or two sentences.
 
@@ -45,9 +45,7 @@ class Key:
 
     def __post_init__(self) -> None:
         if self.kind not in (*NOUNS, dict):
-            raise ConfigError(
-                f"method_keys: a key is a dict, int, float, str or bool, not {self.kind}"
-            )
+            raise ConfigError(f"Key: its kind is a dict, int, float, str or bool, not {self.kind}")
 
     @property
     def required(self) -> bool:

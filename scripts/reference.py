@@ -110,12 +110,14 @@ def _optimizer_defaults() -> str:
 def _weighting() -> list[str]:
     """The keys of every rule."""
     shared = treatment_keys()
+    plain = ", ".join(f"`{name}`" for name in METHODS)
     parts = [
         "## `weighting`\n",
-        f"`name` is the rule: one of {', '.join(f'`{name}`' for name in WEIGHTINGS)}. The default "
-        f"is `{DEFAULT_WEIGHTING}`. A method without `grap_` takes no such block.\n",
+        f"`name` is the rule: one of {', '.join(f'`{name}`' for name in WEIGHTINGS)}. Without "
+        f"a `weighting` block the rule is `{DEFAULT_WEIGHTING}`; in a block, `name` is required. "
+        f"{plain} take no such block.\n",
         "These keys say what is done with a rule's weights. Every rule but `supervised` takes "
-        "them; a rule with another default than this table says so.\n",
+        "them; where a rule's default differs, its section says so.\n",
         _keys(shared),
     ]
     for name, rule in WEIGHTINGS.items():

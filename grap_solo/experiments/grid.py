@@ -141,8 +141,16 @@ def read_grid(
         load: composes a configuration file with overrides.
 
     Raises:
-        ConfigError: unknown keys in the grid's file, or a base that does not exist.
+        ConfigError: unknown keys in the grid's file, a base that does not exist, or an override of
+            the ``weighting``, which each method sets itself.
     """
+    for each in overrides:
+        key = each.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] == "weighting":
+            raise ConfigError(
+                f"{key}: each method of a comparison sets its own weighting: define one, such as "
+                "'+definitions={mine: {weighting: {name: grap, lr: 0.3}}}', and add it to methods"
+            )
     given = [each for each in overrides if each.lstrip("+").partition("=")[0] in GRID_KEYS]
     others = [each for each in overrides if each not in given]
     grid: Any = OmegaConf.load(file)

@@ -361,7 +361,7 @@ class CompositeMethod(RecordedMethod, ABC):
         return super()._shared_step_momentum(X, targets)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Updates the weighting once for each optimiser step."""
+        """Updates, after an optimiser step, a weighting that needs the losses after it."""
         if self.trainer.global_step > self.last_step:
             with self.trainer.precision_plugin.forward_context():
                 self.update_weighting_after_step()

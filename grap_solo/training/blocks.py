@@ -34,8 +34,8 @@ class OneOf:
 
 
 def unfilled(**constraints: Any) -> Any:
-    """A field that stays out of a configuration unless it is given: the base class, solo-learn's
-    or ours, or the Trainer has its default."""
+    """A field that is not filled in. Its default is the base class's (solo-learn's or ours) or the
+    Trainer's."""
     return Field(default=None, exclude=True, **constraints)
 
 
@@ -78,7 +78,8 @@ def keys_model(keys: Mapping[str, Key], base: type[Block] = Block) -> type[Block
 
 
 def validate(model: type[Block], plain: dict[str, Any]) -> dict[str, Any]:
-    """Checks a configuration. Returns it with its defaults, but without :func:`unfilled` keys.
+    """Checks a configuration. Returns it with its defaults, but without :func:`unfilled` keys and
+    the ``weighting`` block, whose defaults the rule fills in.
 
     Args:
         model: the whole configuration's.

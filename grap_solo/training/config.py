@@ -122,7 +122,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _find_classes(plain: dict[str, Any]) -> tuple[type[CompositeMethod], type[Weighting]]:
-    """The method's and the rule's class. Takes the rule's name out of its block."""
+    """The method's and the rule's class. Removes ``weighting.name`` from ``plain``: the schema's
+    block has no such key."""
     name = plain.get("method")
     if name is None:
         raise missing_key("method")

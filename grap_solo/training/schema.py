@@ -200,7 +200,7 @@ class Configuration(Block):
     enable_progress_bar: bool | None = unfilled(description="Whether to show a progress bar.")
     method_kwargs: Block = nested()
     momentum: Momentum | None = unfilled()
-    weighting: Block = nested(exclude=True)
+    weighting: Block = nested(exclude=True)  # The rule itself fills in its defaults.
     labels: Labels = nested()
     diagnostics: Block = nested()
     performance: Performance = nested()

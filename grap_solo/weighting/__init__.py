@@ -81,7 +81,7 @@ def build_weighting(
     """
     given = dict(config)
     rule = find_weighting(given.pop("name", None))
-    refuse_unknown(rule.keys, given, "weighting")  # Here: `terms` would clash with the argument.
+    refuse_unknown(rule.keys, given, "weighting")  # A key named `terms` would clash below.
     return rule(terms, reference, **given)
 
 

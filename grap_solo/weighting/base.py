@@ -132,7 +132,7 @@ class Weighting(nn.Module, ABC):
 
     cause: Tensor | None = None
     """Why the last step was not learned from, an index into :data:`CAUSES`, shape (); None for a
-    rule that leaves no step out."""
+    rule that does not record it."""
 
     reference: Tensor
     finite_steps: Tensor
@@ -158,7 +158,8 @@ class Weighting(nn.Module, ABC):
 
     @classmethod
     def read_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The value of each of :attr:`keys`, and of :func:`treatment_keys` in any case.
+        """The rule's options with their defaults; ``scale``, ``heads`` and ``shared_heads`` are
+        always among them.
 
         Args:
             given: values by name; the others get their defaults.
@@ -202,7 +203,9 @@ class Weighting(nn.Module, ABC):
 
     @abstractmethod
     def direction(self, statistics: Statistics) -> Tensor:
-        """The rule's weights, shape (K,). In training mode it learns from the statistics."""
+        """The rule's weights, shape (K,), before ``scale`` sets their norm.
+
+        In training mode the rule also learns from the statistics, for later steps."""
 
     def forward(self, statistics: Statistics, evidence: Statistics | None = None) -> Tensor:
         """The effective weights of this step, shape (K,): multipliers of the plain losses.

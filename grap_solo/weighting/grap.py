@@ -79,7 +79,13 @@ class GraP(Weighting):
     """
 
     keys = {
-        "lr": Key(float, above=0, default=0.1, doc="The learning rate of the weights."),
+        "lr": Key(
+            float,
+            above=0,
+            default=0.1,
+            doc="How far one step moves the terms' weights. It is not scaled with the batch size "
+            "and has no schedule.",
+        ),
         "optimizer": Key(
             str,
             choices=WEIGHT_OPTIMIZERS,
@@ -107,8 +113,8 @@ class GraP(Weighting):
             int,
             least=0,
             default=0,
-            doc="Epochs for which the weights stay at their start. The training loop counts them "
-            "and calls `eval()` meanwhile.",
+            doc="Epochs for which the weights stay at their start. During them grap-solo "
+            "keeps the rule in eval mode; in a loop of your own, call `weighting.eval()`.",
         ),
         **treatment_keys(scale="reference", heads="unweighted"),
     }

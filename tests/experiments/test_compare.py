@@ -232,8 +232,10 @@ def test_the_grids_keys_come_from_the_command_line_too(tmp_path):
         (["methods=[grap]", "seeds=[1]", "definitions=5"], "definitions: expected a block"),
         (["methods=[a/b]", "seeds=[1]", "definitions={a/b: {}}"], "leave out '/'"),
         (["methods=[grap]", "seeds=[1]", "devices=2"], "devices: a comparison trains each run on"),
-        (["methods=[grap]", "seeds=[1]", "+data.no_labels=true"], "data.val_path: a comparison"),
+        (["methods=[fixed]", "seeds=[1]", "+data.no_labels=true"], "data.val_path: a comparison"),
         (["methods=[x]", "seeds=[1]", "definitions={x: {weighting: {name: grab}}}"], "'grab'"),
+        (["methods=[grap]", "seeds=[1]", "weighting.lr=0.3"], "weighting.lr: each method of a"),
+        (["methods=[grap]", "seeds=[1]", "+weighting={name: mgda}"], "weighting: each method of"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_nothing(arguments, message, tmp_path, monkeypatch, capsys):
