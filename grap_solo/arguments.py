@@ -139,7 +139,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
     search = add(
         "search",
-        "search the weights by one training for each trial, beside GraP; started again, it resumes",
+        "search for the weights, one training a trial, and train GraP to compare; started "
+        "again, it resumes",
         "grap-solo search runs/search --config-path configs/digits --config-name grap --trials 16",
         "changes a key of the configuration of all runs",
         usage="DIRECTORY --config-path DIR --config-name NAME [--trials N] "

@@ -91,8 +91,8 @@ def _composer(overrides: list[str]) -> Callable[[Path], DictConfig]:
 
 
 def _pretrain(given: argparse.Namespace) -> None:
-    """Checks the folders and the file, and makes them absolute: hydra would take them as relative
-    to this package."""
+    """Hands the command line to hydra, with absolute folders: hydra would take them as relative to
+    this package."""
     folders = {"--config-path": given.config_path, "--config-dir": given.config_dir}
     folders = {flag: folder for flag, folder in folders.items() if folder is not None}
     for flag, folder in folders.items():

@@ -18,9 +18,9 @@ from grap_solo.data.images import (
     Part,
     Relabelled,
     Sample,
+    drop_labels,
+    keep_labels,
     open_rgb,
-    partly_labelled,
-    without_labels,
 )
 from grap_solo.data.parquet import Parquet
 from grap_solo.errors import ConfigError
@@ -188,9 +188,9 @@ def split_labels(
             ) from None
     kept = np.sort(kept)
     if not held_out:
-        return partly_labelled(images, kept), None, kept
+        return keep_labels(images, kept), None, kept
     rest = np.setdiff1d(np.arange(len(images)), kept)
-    return without_labels(Part(images, rest)), Part(images, kept), kept
+    return drop_labels(Part(images, rest)), Part(images, kept), kept
 
 
 def load_images(config: DictConfig, train: bool) -> Images:
@@ -214,7 +214,7 @@ def load_images(config: DictConfig, train: bool) -> Images:
     if not len(images):
         raise ConfigError(f"{key}: no images in {path}: give a folder or file that holds some")
     if config.no_labels:
-        images = without_labels(images)
+        images = drop_labels(images)
     fraction = config.fraction
     if train and fraction > 0:
         labels = None if config.no_labels else images.targets

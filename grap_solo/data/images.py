@@ -88,12 +88,12 @@ class Part(Images):
         return self.dataset.describe(int(self.kept[index]))
 
 
-def without_labels(dataset: Images) -> Relabelled:
+def drop_labels(dataset: Images) -> Relabelled:
     """A dataset's images without their labels."""
     return Relabelled(dataset, np.full(len(dataset), -1))
 
 
-def partly_labelled(dataset: Images, kept: np.ndarray) -> Relabelled:
+def keep_labels(dataset: Images, kept: np.ndarray) -> Relabelled:
     """A dataset in which only some images keep their labels, those at the indexes ``kept``."""
     targets = np.full(len(dataset), -1)
     targets[kept] = dataset.targets[kept]

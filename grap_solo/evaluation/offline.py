@@ -25,8 +25,8 @@ class Evaluation:
     Attributes:
         linear: top-1 accuracy on the validation set in percent, of multinomial logistic regression
             trained to convergence.
-        knn: the same of k-NN with k = 20 and cosine distance.
-        rankme: see :func:`rankme`; of the training embeddings.
+        knn: top-1 accuracy of k-NN with k = 20 and cosine distance.
+        rankme: the effective rank of the training embeddings; see :func:`rankme`.
     """
 
     linear: float

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 
-def accuracy_at_k(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def top1_and_top5(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Top-1 and top-5 accuracy in percent, each shape (1,), over the labelled samples.
 
     Args:

@@ -21,7 +21,7 @@ from grap_solo.data import evaluation_loader, load_both, load_images, resolve_nu
 from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import device_of, evaluate
 from grap_solo.experiments.grid import Cell, plan
-from grap_solo.experiments.retrain import newest_checkpoint
+from grap_solo.experiments.retrain import WARMUP, newest_checkpoint
 from grap_solo.experiments.timing import step_costs
 from grap_solo.methods import find_method
 from grap_solo.records.files import (
@@ -77,7 +77,7 @@ def compare(
         for cell in cells:
             _check(cell)
         _run_all(cells, directory, processes)
-        results = [read_json(c.directory / RESULT_FILE) or _failure(c, directory) for c in cells]
+        results = [read_json(c.directory / RESULT_FILE) or _failure(c) for c in cells]
         runs = table_of_runs(results)
         rows = list(dict.fromkeys(methods))
         notes = _table_notes(cells, runs)
@@ -107,7 +107,7 @@ def _check(cell: Cell) -> None:
         return
     theirs: Any = OmegaConf.to_container(OmegaConf.load(file))
     ours: Any = OmegaConf.to_container(cell.cfg, resolve=True)
-    if cell.parent is not None:  # Theirs also holds what the parent gave.
+    if cell.parent is not None:  # The saved file has the parent's weights or backbone.
         for key in ("weighting", "tuned_from", "pretrained_feature_extractor"):
             theirs.pop(key, None)
             ours.pop(key, None)
@@ -161,7 +161,7 @@ def _run_cells(
         except BrokenProcessPool:
             local.pool = None
             reason = "its process died (out of memory?)"
-            write_json(_log(cell).with_suffix(f".{FAILURE_FILE}"), {"reason": reason})
+            write_json(_failure_file(cell), {"reason": reason})
         return reason
 
     with ThreadPoolExecutor(processes) as pool:
@@ -191,10 +191,13 @@ def _log(cell: Cell) -> Path:
     return cell.directory.parent / "logs" / f"{cell.cfg.name}.log"
 
 
+def _failure_file(cell: Cell) -> Path:
+    return _log(cell).with_suffix(f".{FAILURE_FILE}")
+
+
 def _attempt(cell: Cell) -> str | None:
     """Trains and evaluates a cell with its output in a log; returns the reason if it fails."""
-    log = _log(cell)
-    failure = log.with_suffix(f".{FAILURE_FILE}")
+    log, failure = _log(cell), _failure_file(cell)
     try:
         with (
             log.open("a") as file,
@@ -254,15 +257,15 @@ def _with_parent(cell: Cell) -> DictConfig:
         cfg.pretrained_feature_extractor = str(newest_checkpoint(cell.parent))
     else:
         parent = OmegaConf.load(cell.parent / CONFIG_FILE)
-        warmup = OmegaConf.select(parent, "weighting.warmup_epochs", default=0)
+        warmup = OmegaConf.select(parent, WARMUP, default=0)
         cfg.weighting.weights = median_weights(cell.parent / WEIGHTS_FILE, warmup)
         cfg.tuned_from = {"runs": [str(cell.parent)], "epochs": None, "last": None}
     return cfg
 
 
-def _failure(cell: Cell, directory: Path) -> dict[str, Any]:
+def _failure(cell: Cell) -> dict[str, Any]:
     """Makes the row of a failed run."""
-    found = read_json(directory / "logs" / f"{cell.cfg.name}.{FAILURE_FILE}") or {}
+    found = read_json(_failure_file(cell)) or {}
     reason = found.get("reason", "cut short")
     return {"method": cell.method, "seed": cell.seed, "reason": reason}
 
@@ -315,9 +318,9 @@ def _table_notes(cells: Sequence[Cell], runs: Any) -> str:
     return (
         f"{cfg.data.dataset}, {cfg.max_epochs} epochs, seeds {seeds}. Top-1 on the validation "
         "images in percent, mean ± standard deviation over the seeds; the linear probe and k-NN "
-        "are offline, on frozen embeddings. cost: training time by that of fixed, from step times "
-        "taken in turns in one process, with the run that a method starts from. p: Welch's t-test "
-        "of the linear probe against fixed, Holm-corrected over the table. The weights are the "
-        f"median over a run's steps, averaged over the seeds. All trainings together took "
-        f"{trained:.0f} s."
+        "are offline, on frozen embeddings. cost: training time divided by that of fixed, from "
+        "step times taken in turns in one process; it includes the run that a method starts from. "
+        "p: Welch's t-test of the linear probe against fixed, Holm-corrected over the table. The "
+        "weights are the median over a run's steps, averaged over the seeds. All trainings "
+        f"together took {trained:.0f} s."
     )

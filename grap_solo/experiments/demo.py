@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from grap_solo.compose import CONFIGS, compose
 from grap_solo.data import evaluation_loader, load_both
 from grap_solo.errors import ConfigError
-from grap_solo.evaluation.offline import Evaluation, evaluate
+from grap_solo.evaluation.offline import Evaluation, device_of, evaluate
 from grap_solo.experiments.retrain import retrain
 from grap_solo.methods import CompositeMethod, find_method
 from grap_solo.records.files import MEDIAN_FILE, PICTURE_FILE, SUMMARY_FILE, WEIGHTS_FILE
@@ -96,6 +96,7 @@ def _evaluate(run: Run, model: CompositeMethod) -> Evaluation:
         model.backbone,
         evaluation_loader(run.cfg, train),
         evaluation_loader(run.cfg, validation),
+        device_of(run.cfg),
     )
 
 

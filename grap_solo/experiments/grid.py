@@ -95,7 +95,7 @@ def _root(method: str, definitions: Mapping[str, Any]) -> tuple[str, str | None]
     for suffix in CHILDREN:
         root = method.removesuffix(suffix)
         if root == "supervised":
-            continue  # Its weights are all 0, and its backbone was trained with the labels.
+            continue  # It learns no weights, and has trained the backbone with the labels.
         if root != method and (root in definitions or root in WEIGHTINGS):
             return root, suffix
     names = {*definitions, *WEIGHTINGS}
@@ -128,9 +128,10 @@ def _configuration(
 def read_grid(
     file: Path, overrides: Sequence[str], load: Callable[[Path, Sequence[str]], DictConfig]
 ) -> tuple[DictConfig, dict[str, Any]]:
-    """Reads the common configuration and the grid's keys from a grid's file or any other.
+    """Reads the common configuration and the grid's keys from a grid's file, or from a
+    configuration file and the command line.
 
-    A grid's file names a ``base``, which is a configuration file relative to it, and may have
+    A grid's file has a ``base``, the path of a configuration file relative to its own, and may have
     ``overrides`` of the base, ``name``, ``methods``, ``seeds``, ``processes`` and ``definitions``:
     see :func:`~grap_solo.experiments.compare.compare`. For any other configuration file, these keys
     come from the command line.

@@ -76,7 +76,7 @@ def _train(cfg: DictConfig) -> Exception | None:
     """
     from grap_solo.training.run import pretrain
 
-    # Hydra would shut a failed process down in order while the job's other processes wait for it.
+    # Exits at once: hydra's orderly shutdown would leave the job's other processes waiting.
     one_of_many = int(os.environ.get("SLURM_NTASKS", 1)) > 1
     try:
         pretrain(cfg)

@@ -77,7 +77,9 @@ def newest_checkpoint(run: Path) -> Path:
     """
     found = sorted((run / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ConfigError(f"{run / 'checkpoints'}: no checkpoint: train with checkpoint.enabled")
+        raise ConfigError(
+            f"{run / CHECKPOINTS_FOLDER}: no checkpoint: train with checkpoint.enabled"
+        )
     return found[-1]
 
 

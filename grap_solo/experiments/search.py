@@ -59,9 +59,8 @@ def search(
     once, and once more with the median of its weights.
 
     Called again with the same arguments, it resumes; ``trials`` may have grown. An interrupted run
-    starts over, so that an interrupted search has the same history as an uninterrupted one where
-    training is reproducible, as on one machine's CPU. The time of the interrupted part is not
-    counted.
+    starts over, and the time of its interrupted part is not counted. Where training is
+    reproducible (on one machine's CPU), the search then has the history of an uninterrupted one.
 
     Args:
         source: a composed configuration. Each run has a name, ``checkpoint.dir`` and weighting of
@@ -105,7 +104,7 @@ def search(
             study.sampler = _sampler(sampler, seed, done)
             _run_trial(study, plain, directory, terms_of(cfg))
         write_report(_history(study), settings, directory, cfg)  # GraP's runs may fail.
-        _run_comparison(plain, directory)
+        _train_grap_and_tuned(plain, directory)
         table = write_report(_history(study), settings, directory, cfg)
     print(f"\n{table}")
     print("files:", ", ".join(str(directory / file) for file in REPORT_FILES))
@@ -200,7 +199,7 @@ def _difference(old: Any, new: Any, key: str = "") -> str | None:
 def _abandon_running(study: optuna.study.Study) -> None:
     """Takes the trial of a killed search out of the history, so that it is run again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        # In this order: if killed in between, the next start finds it again.
+        # In this order: if killed in between, the next start finds the trial, still running.
         study.set_user_attr("abandoned", [*study.user_attrs.get("abandoned", []), trial.number])
         study.tell(trial.number, state=TrialState.FAIL)
 
@@ -281,10 +280,10 @@ def _run_trial(
     print(f"{name}: {outcome}", flush=True)
 
 
-# ---- GraP beside it ---------------------------------------------------------------------------
+# ---- GraP to compare with -----------------------------------------------------------------------
 
 
-def _run_comparison(plain: dict[str, Any], directory: Path) -> None:
+def _train_grap_and_tuned(plain: dict[str, Any], directory: Path) -> None:
     """Trains ``grap``, then ``grap_tuned`` with the median of its weights."""
     block = plain.get("weighting") or {}
     if block.get("name") != "grap":

@@ -29,7 +29,7 @@ class Contender:
     Args:
         cfg: a prepared configuration, ``data.num_classes`` included.
         batch: ``[indexes, [view1, view2], labels]``.
-        base: the method's class; when None, ours of the name that the configuration gives.
+        base: the method's class; None takes the class that ``cfg.method`` names.
         surrogate: a function to call in place of :func:`~grap_solo.balance.balance`.
     """
 
@@ -46,7 +46,9 @@ class Contender:
         self.model: Any = (base or find_method(cfg.method))(cfg).to(self.device).train()
         if not cfg.performance.disable_channel_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.model.parameter_space_every = 0  # Without a trainer, every step counts as the first.
+        self.model.parameter_space_every = (
+            0  # Every step would measure it: without a trainer the step is 0.
+        )
         self.model.log = self.model.log_dict = lambda *args, **kwargs: None
         self.optimizer = self.model.configure_optimizers()
         dtype = AUTOCAST.get(str(cfg.get("precision")))

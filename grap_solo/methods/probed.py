@@ -1,4 +1,4 @@
-"""The online evaluations of a method, the linear probe and k-NN, in training and validation."""
+"""The online evaluations of a method: the online probe and k-NN, in training and validation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from grap_solo.distributed import mean_over_ranks
-from grap_solo.evaluation.online import WeightedKNNClassifier, accuracy_at_k
+from grap_solo.evaluation.online import WeightedKNNClassifier, top1_and_top5
 from grap_solo.methods.losses import probe_loss
 from grap_solo.solo import BaseMethod, BaseMomentumMethod
 
@@ -74,7 +74,7 @@ class ProbedMethod(BaseMethod):
 
 def _measure_probe(classifier: nn.Module, feats: Tensor, targets: Tensor) -> dict[str, Tensor]:
     logits = classifier(feats)
-    acc1, acc5 = accuracy_at_k(logits, targets)
+    acc1, acc5 = top1_and_top5(logits, targets)
     return {
         "logits": logits,
         "loss": probe_loss(logits, targets),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from grap_solo.balance import HeldOut, Step
 from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_cosine
 from grap_solo.errors import RunStopped
-from grap_solo.evaluation.online import accuracy_at_k
+from grap_solo.evaluation.online import top1_and_top5
 from grap_solo.methods.losses import Projections, Views
 from grap_solo.methods.probed import ProbedMethod
 from grap_solo.records.trajectory import TrajectoryRecorder
@@ -130,7 +130,7 @@ class RecordedMethod(ProbedMethod):
     def _log_labelled(self, step: Step, held_out: HeldOut, labels: Tensor) -> None:
         """Logs the probe's loss and accuracy on a held-out batch."""
         logits = [self.classifier(each) for each in held_out.embeddings]
-        accuracies = [accuracy_at_k(each, labels)[0] for each in logits]
+        accuracies = [top1_and_top5(each, labels)[0] for each in logits]
         metrics = {
             "train_labelled_loss": step.downstream,
             "train_labelled_acc1": torch.cat(accuracies).mean(),

@@ -46,8 +46,8 @@ class _Table:
         """Appends the waiting rows, with one transfer from the device for all of them.
 
         Args:
-            last: the texts for the last column, whose numbers are indexes into them. None for a
-                table of numbers.
+            last: the texts for the last column, whose numbers are indexes into them; empty if the
+                last column holds numbers.
         """
         if not self.waiting:
             return

@@ -50,8 +50,8 @@ def median_weights(path: str | os.PathLike[str], warmup_epochs: int = 0) -> dict
 
     Args:
         path: a ``weights.csv``.
-        warmup_epochs: leading epochs to leave out, since the weights were held there. A run that
-            was no longer than that counts as a whole.
+        warmup_epochs: leading epochs to leave out, in which the weights did not move. If a run has
+            no later step, all its steps count.
 
     Raises:
         ConfigError: see :func:`read_weights`.

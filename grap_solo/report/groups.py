@@ -21,6 +21,7 @@ from grap_solo.records.runs import (
     read_run,
 )
 from grap_solo.records.tables import read_table
+from grap_solo.records.weights import after_warmup
 from grap_solo.report.curves import mean_and_std
 
 
@@ -186,7 +187,7 @@ def _build_summary(folder: Path, groups: Sequence[Group]) -> Summary:
                 row |= {f"{key}_mean": _text(mean), f"{key}_std": _text(std)}
         if group.method in costs:
             row |= _cost_cells(costs[group.method])
-        medians = [np.median(run.weights, axis=0) for run in group.runs if len(run.weights)]
+        medians = [_median(run) for run in group.runs if len(run.weights)]
         if medians:
             means = np.mean(medians, axis=0)
             row |= {f"weight/{t}": _text(w) for t, w in zip(group.terms, means, strict=True)}
@@ -194,6 +195,13 @@ def _build_summary(folder: Path, groups: Sequence[Group]) -> Summary:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = sorted(names, key=lambda name: name.startswith("weight/"))
     return Summary(folder, columns, rows, written=False)
+
+
+def _median(run: RunFiles) -> np.ndarray:
+    """The median weights (K,) of a run, without its warm-up as in its ``median_weights.yaml``."""
+    block = run.config.get("weighting")
+    warmup = block.get("warmup_epochs") if isinstance(block, dict) else 0
+    return np.median(after_warmup(run.epochs, run.weights, warmup or 0), axis=0)
 
 
 def _read_costs(path: Path) -> dict[str, dict[str, float]]:

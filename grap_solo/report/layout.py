@@ -21,7 +21,7 @@ DARK, GREY, PALE = "#222222", "#666666", "#d4d4d4"
 Panels = Mapping[str, Mapping[str, Sequence[Series]]]
 """The series of each run, by method and by term."""
 
-DECADES = 3  # Drawn on a logarithmic scale where every weight is below 1.
+DECADES = 3  # How many decades the axis of weights shows if all of them are below 1.
 
 WIDTH = 9.0  # The width of a figure, in inches.
 
@@ -90,7 +90,7 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 
 
 def take_turns(turn: int, of: int, gap: float = 0) -> Any:
-    """Returns the dashes of one of several lines in one place, so that all of them are seen."""
+    """Returns a dash pattern for one of several coinciding lines, so that each stays visible."""
     dash = 4.0
     if of == 1 and not gap:
         return "-"

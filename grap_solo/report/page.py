@@ -39,8 +39,8 @@ def _summary_section(summaries: Sequence[Summary]) -> Section:
     said = {
         "linear_std": "accuracies (top-1 in percent) and RankMe are means ± standard deviations "
         "over the runs",
-        "cost": "cost is the time of training relative to fixed weights, from steps timed in turns "
-        "(median, and minimum to maximum), including the run that a method starts from",
+        "cost": "cost is the training time divided by that of fixed weights, from steps timed in "
+        "turns (median, and minimum to maximum); it includes the run that a method starts from",
         "p_value": "p is the p-value of Welch's t-test of the linear probe against fixed weights, "
         "two-sided and corrected by Holm's method",
     }

@@ -20,7 +20,6 @@ from grap_solo.report.curves import (
     mean_curve,
     running_median,
 )
-from grap_solo.report.labels import Point, label_points
 from grap_solo.report.layout import (
     DARK,
     GREY,
@@ -37,6 +36,7 @@ from grap_solo.report.layout import (
     tidy,
     write_title,
 )
+from grap_solo.report.point_names import Point, label_points
 
 # Okabe & Ito's colours: colour-blind readers can tell them apart.
 COLORS = (

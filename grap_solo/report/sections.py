@@ -14,7 +14,6 @@ from grap_solo.records.files import DIAGNOSTICS_FILE, PICTURE_FILE, WEIGHTS_FILE
 from grap_solo.records.runs import MEASURES
 from grap_solo.report.curves import Series, step_epochs
 from grap_solo.report.groups import Group, Summary, folder_names, to_float
-from grap_solo.report.labels import Point
 from grap_solo.report.plots import (
     COMPOSITE,
     plot_accuracy_cost,
@@ -22,8 +21,9 @@ from grap_solo.report.plots import (
     plot_gramians,
     plot_weight_panels,
 )
+from grap_solo.report.point_names import Point
 
-EVALUATIONS = ("linear", "knn")  # Drawn against the cost.
+DRAWN_MEASURES = ("linear", "knn")  # Against the cost.
 
 DASH = "\N{EN DASH}"
 
@@ -198,7 +198,7 @@ def _points(summaries: Sequence[Summary]) -> list[Point]:
         for row in summary.rows:
             accuracies = {
                 MEASURES[key]: (to_float(row.get(f"{key}_mean")), to_float(row.get(f"{key}_std")))
-                for key in EVALUATIONS
+                for key in DRAWN_MEASURES
             }
             known = {name: each for name, each in accuracies.items() if not np.isnan(each[0])}
             label = row.get("method", "")
@@ -227,7 +227,7 @@ def skipped_section(groups: Sequence[Group]) -> Section:
         rows.append([label, str(steps), *shares])
     section.tables.append(Table(["method", "steps", "skipped", *causes], rows))
     section.caption = (
-        "The steps from which the rule learned no weights: their share of all steps of a method's "
+        "The steps that the rule did not learn from: their share of all steps of a method's "
         "runs, and their number in parentheses, in total and by cause."
     )
     section.notes += _absent(groups, recorded, "No steps")

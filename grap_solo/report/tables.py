@@ -24,8 +24,8 @@ BASELINE = "fixed"
 
 
 def table_of_runs(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Makes one row for each run: method, seed, the metrics, ``weight/<term>``, seconds, and
-    ``reason``, which says why the run failed and is empty if it did not.
+    """Makes one row for each run: method, seed, the measures, seconds, ``reason``, which says why
+    the run failed and is empty if it did not, and ``weight/<term>``.
 
     Args:
         results: each run's ``result.json``; of a failed run its method, seed and reason.

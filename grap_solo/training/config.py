@@ -221,7 +221,7 @@ def _check_weighting(cfg: DictConfig, rule: type[Weighting]) -> None:
             f"{LARGEST_HELD_OUT}, got {cfg.labels.fraction}"
         )
     if rule.needs_labels and cfg.data.no_labels:
-        raise without_labels("data.no_labels: no image has a label", name)
+        raise missing_labels("data.no_labels: no image has a label", name)
     if held_out and rule.needs_losses_after and rule.asks_for_gradients(options):
         raise ConfigError(
             f"labels.split: '{name}' with another scale or heads learns from the pretraining batch "
@@ -234,7 +234,7 @@ def _check_weighting(cfg: DictConfig, rule: type[Weighting]) -> None:
         )
 
 
-def without_labels(where: str, rule: str) -> ConfigError:
+def missing_labels(where: str, rule: str) -> ConfigError:
     """The error for data without labels and a rule that needs some.
 
     Args:

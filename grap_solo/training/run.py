@@ -62,7 +62,7 @@ from grap_solo.training.checkpoints import (
     load_backbone,
     resolve_source,
 )
-from grap_solo.training.config import images_per_step, prepare, run_dir, terms_of, without_labels
+from grap_solo.training.config import images_per_step, missing_labels, prepare, run_dir, terms_of
 from grap_solo.training.loggers import (
     ResumableCSVLogger,
     WeightsProgressBar,
@@ -197,7 +197,7 @@ def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
     cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
     rule = cfg.weighting.name
     if find_weighting(rule).needs_labels and not (train_images.targets >= 0).any():
-        raise without_labels("data.train_path: no training image has a label", rule)
+        raise missing_labels("data.train_path: no training image has a label", rule)
     train_images, held_out, labelled = split_labels(
         train_images, cfg.labels.fraction, cfg.labels.split == "held_out", cfg.seed
     )

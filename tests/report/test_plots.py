@@ -22,8 +22,8 @@ from grap_solo.report.curves import (
     step_epochs,
 )
 from grap_solo.report.groups import _group, _read_summary
-from grap_solo.report.labels import Point, _overlap
 from grap_solo.report.plots import plot_weights, term_colors, weights_figure
+from grap_solo.report.point_names import Point, _overlap
 from grap_solo.report.sections import _gramian, _points
 
 

@@ -5,7 +5,8 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from run_folders import FOUR, THREE, write_csv, write_run
+import yaml
+from run_folders import FOUR, THREE, steps, write_csv, write_run
 
 from grap_solo.errors import ConfigError
 from grap_solo.report.page import report
@@ -175,6 +176,18 @@ def test_without_a_summary_the_results_are_put_in_a_table(tmp_path, undrawn):
     assert ["own name", "2", "96.00 ± 1.41", "91.00 ± 1.41", "20.00 ± 0.00", "1.50"] in page.rows
     assert ["own name", "1.00", "0.50", "5.00"] in page.rows
     assert "accuracy_cost.png" in [file.name for file in files]
+
+
+def test_the_tables_weights_leave_the_warm_up_out(tmp_path, undrawn):
+    write_run(tmp_path / "grap-seed0", {"a": 2.0, "b": 3.0}, linear=95.0, method="grap")
+    rows = [[step, epoch, *((1, 1) if epoch < 2 else (2, 3))] for step, epoch in steps()]
+    write_csv(tmp_path / "grap-seed0" / "weights.csv", ["step", "epoch", "a", "b"], rows)
+    config = yaml.safe_load((tmp_path / "grap-seed0" / "config.yaml").read_text())
+    for warmup, expected in ((None, ["1.00", "1.00"]), (2, ["2.00", "3.00"])):
+        config["weighting"]["warmup_epochs"] = warmup
+        (tmp_path / "grap-seed0" / "config.yaml").write_text(yaml.safe_dump(config))
+        page = Page(report([tmp_path], tmp_path / "out")[-1])
+        assert ["grap", *expected] in page.rows
 
 
 def test_a_summary_of_other_columns_is_shown_as_it_is(tmp_path, undrawn):

@@ -22,8 +22,8 @@ class Point:
 
     Attributes:
         label: the method's name.
-        cost: median, minimum and maximum of the time of a step relative to fixed weights. The
-            last two may be NaN.
+        cost: median, minimum and maximum of the training time relative to fixed weights. The last
+            two may be NaN.
         accuracies: for each evaluation, mean and standard deviation in percent. The deviation may
             be NaN.
     """
@@ -81,13 +81,15 @@ def label_points(axes: Axes, points: Sequence[Point], evaluation: str) -> None:
             offset = np.array([x, y]) * distance
             box = _box_beside(centres[i] + offset * pixel, size, ha, va)
             line = _line(centres[i], box) if distance > DISTANCES[0] else []
-            cost = 4 * pixel * distance + 5 * (size.width * size.height - _overlap(box, axes.bbox))
-            cost += 4 * sum(_overlap(box, each) for each in solid)
-            cost += 3 * sum(_overlap(box, each) for each in whiskers)
+            penalty = 4 * pixel * distance + 5 * (
+                size.width * size.height - _overlap(box, axes.bbox)
+            )
+            penalty += 4 * sum(_overlap(box, each) for each in solid)
+            penalty += 3 * sum(_overlap(box, each) for each in whiskers)
             crossed = [each for each in (*markers, *names) if each is not markers[i]]
-            cost += 8 * sum(_overlap(part, each) for part in line for each in crossed)
-            if cost < least:
-                least, taken = cost, [box, *line]
+            penalty += 8 * sum(_overlap(part, each) for part in line for each in crossed)
+            if penalty < least:
+                least, taken = penalty, [box, *line]
                 text.set(horizontalalignment=ha, verticalalignment=va)
                 text.xyann = tuple(offset)
                 assert text.arrow_patch is not None
