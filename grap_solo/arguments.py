@@ -6,6 +6,7 @@ Nothing slow is imported here, so that help and refusals answer at once.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,9 +50,9 @@ class Parser(argparse.ArgumentParser):
 
 def _is_override(argument: str) -> bool:
     """Whether an argument is one of hydra's overrides: ``key=value`` or ``~key``."""
-    if argument.startswith("-") or Path(argument).is_dir():
+    if argument.startswith("-"):
         return False
-    return "=" in argument or argument.startswith("~")
+    return ("=" in argument or argument.startswith("~")) and not os.path.isdir(argument)
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -299,7 +300,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def _run_folder(text: str) -> Path:
     file = Path(text) / CONFIG_FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise argparse.ArgumentTypeError(
             f"{file}: no such file: give the folder of a run that has been trained"
         )
@@ -307,7 +308,7 @@ def _run_folder(text: str) -> Path:
 
 
 def _folder_of_runs(text: str) -> Path:
-    if not Path(text).is_dir():
+    if not os.path.isdir(text):
         raise argparse.ArgumentTypeError(
             f"{text}: no such folder: give that of a run, or one that holds runs"
         )

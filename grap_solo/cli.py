@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -73,13 +74,13 @@ def _config_file(given: argparse.Namespace) -> Path:
     """
     _check_folder("--config-path", given.config_path)
     file: Path = given.config_path / f"{given.config_name.removesuffix('.yaml')}.yaml"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"--config-name: no such file {file}: give the name of a file there")
     return file
 
 
 def _check_folder(flag: str, folder: Path) -> None:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError(f"{flag}: no such folder '{folder}': give the folder of the file")
 
 
@@ -101,7 +102,7 @@ def _pretrain(given: argparse.Namespace) -> None:
     # Hydra also looks in configs/, where every file lies in a folder of its own.
     if name is not None and "/" not in name and given.config_path is not None:
         file = f"{name.removesuffix('.yaml')}.yaml"
-        if not any((folder / file).is_file() for folder in folders.values()):
+        if not any(os.path.isfile(folder / file) for folder in folders.values()):
             _config_file(given)
 
     from grap_solo.experiments.launch import launch
@@ -187,7 +188,7 @@ def _demo(given: argparse.Namespace) -> None:
 
 def _run_script(given: argparse.Namespace) -> None:
     """Registers the methods and runs the script as if it had been started itself."""
-    if given.script is None or not given.script.is_file():
+    if given.script is None or not os.path.isfile(given.script):
         name = "nothing" if given.script is None else f"'{given.script}'"
         raise ConfigError(f"run: expected one of solo-learn's scripts, got {name}")
     import runpy

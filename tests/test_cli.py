@@ -15,6 +15,9 @@ SLOW = ["torch", "lightning", "matplotlib", "hydra", "omegaconf", "pandas", "num
 CONFIG = ["--config-path", str(DIGITS), "--config-name", "grap"]
 HELPS = [["--help"], *([name, "--help"] for name in COMMANDS)]
 REFUSED = {
+    "a name that is too long for a file": (
+        ["report", "+weighting={" + "a" * 300 + ": 1}"], "report: argument FOLDER: +weighting={aaa"
+    ),
     "no such command": (["pretrian"], "unknown command 'pretrian': did you mean 'pretrain'"),
     "no such flag": (["--quick"], "unknown flag '--quick'"),
     "no arguments": (["demo", "now"], "demo: unrecognized arguments: now"),

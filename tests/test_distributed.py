@@ -23,6 +23,7 @@ from grap_solo.data import evaluation_loader, load_images
 from grap_solo.data.sampling import ShareSampler
 from grap_solo.methods import GrapAll4One
 from grap_solo.training.run import pretrain
+from grap_solo.weighting import WEIGHTINGS
 
 RULES = {
     "grap": {"name": "grap", "scale": "unit"},
@@ -37,6 +38,15 @@ RULES = {
     "uncertainty": {"name": "uncertainty"},
     "auxiliary": {"name": "auxiliary", "scale": "reference"},
 }
+
+
+def test_every_rule_that_learns_or_draws_is_compared_in_two_processes():
+    """The others are functions of one step's Gramian, as pcgrad and mgda are, or constants."""
+    constant = {"fixed", "equal", "supervised"}
+    gramian = {name for name, rule in WEIGHTINGS.items() if rule.uses_gradients}
+    gramian -= {"grap", "gradnorm"}
+    tried = {each["name"] for each in RULES.values()}
+    assert tried >= set(WEIGHTINGS) - constant - gramian and tried & gramian
 
 
 def problem():

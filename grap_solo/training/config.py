@@ -139,7 +139,16 @@ def _find_classes(plain: dict[str, Any]) -> tuple[type[CompositeMethod], type[We
     block = plain.get("weighting", {"name": DEFAULT_WEIGHTING})
     if not isinstance(block, dict):
         raise ConfigError(f"weighting: expected a block of keys, got {block!r}")
-    return method, find_weighting(block.pop("name", None))
+    rule = find_weighting(block.pop("name", None))
+    default = find_weighting(DEFAULT_WEIGHTING)
+    left_over = [key for key in block if key not in rule.keys and key in default.keys]
+    if left_over:
+        raise ConfigError(
+            f"weighting.{left_over[0]}: a key of '{DEFAULT_WEIGHTING}', whose block is in the "
+            "file, not of the rule that was given: take the block out first, as in: ~weighting "
+            "'+weighting={name: equal}'"
+        )
+    return method, rule
 
 
 def _fill_in(cfg: DictConfig, filled: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""The weightings by name. A new rule is a class beside these and a line in ``WEIGHTINGS``."""
+"""The weightings by name. A new rule is a class in a file of this folder, imported here, and a line
+in ``WEIGHTINGS``."""
 
 from __future__ import annotations
 

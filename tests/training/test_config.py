@@ -106,6 +106,8 @@ BAD = [
     (["weighting.lr=-1"], r"weighting\.lr"),
     (["weighting=grap"], r"weighting: expected a block|configuration: "),
     (["+weighting.weights={nnclr: 1}"], r"unknown name 'weights'"),
+    (["weighting.name=dwa"], r"weighting\.\w+: a key of 'grap', whose block is in the file"),
+    (["weighting={name: mgda}"], r"take the block out first, as in: ~weighting '\+weighting="),
     (["data.dataset=cifar"], r"data\.dataset: .*did you mean 'cifar10"),
     (["data.dataset=cifar10"], r"data\.train_path: missing"),
     (["+data.format=dali"], r"data\.format: unknown name 'dali'.*image_folder"),
