@@ -1,12 +1,20 @@
 """Threads for every test, which tests are skipped, and how two workers share the tests."""
 
+import functools
 import importlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_compiler_cache(tmp_path_factory):
+    """A compiler that was killed can leave half a file in the cache that all processes share."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 def solo_learn_is_there() -> bool:
@@ -17,25 +25,34 @@ def solo_learn_is_there() -> bool:
     return True
 
 
-def uses_module_fixture(item) -> bool:
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    return any(definitions[-1].scope == "module" for definitions in fixtures)
+@functools.cache
+def shares_fixture(file: Path) -> bool:
+    """Whether a file has a fixture that all its tests share."""
+    return 'scope="module"' in file.read_text()
 
 
-@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
 def pytest_collection_modifyitems(items):
     if not solo_learn_is_there():
         skip = pytest.mark.skip(reason="solo-learn's main branch is not on the path")
         for item in items:
             if "solo_learn" in item.keywords:
                 item.add_marker(skip)
-    # Tests that share a module's fixture stay in one worker, which then makes it once. Slow tests
-    # come first, so that no worker is left alone with one of them at the end.
-    groups = {}
-    for item in items:
-        groups[item] = item.nodeid
-        if uses_module_fixture(item):
-            groups[item] = item.path.stem
-            item.add_marker(pytest.mark.xdist_group(groups[item]))
-    slow = {group for item, group in groups.items() if "slow" in item.keywords}
-    items.sort(key=lambda item: groups[item] not in slow)
+    # Slow tests come first, so that no worker is left alone with one of them at the end.
+    slow = {item.path for item in items if "slow" in item.keywords and shares_fixture(item.path)}
+    items.sort(key=lambda item: item.path not in slow and "slow" not in item.keywords)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests that share a fixture stay in one worker, which then makes it once.
+
+    xdist's own groups (``--dist loadgroup``) have no effect with pytest 9.2: xdist 3.8 puts a
+    test's group into an attribute that pytest no longer reads."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if shares_fixture(config.rootpath / file) else nodeid
+
+    return ByFixture(config, log)

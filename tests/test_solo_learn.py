@@ -212,4 +212,4 @@ def test_an_old_solo_learn_counts_as_absent_and_says_so(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert done.stdout.strip() == "grap_solo"
-    assert "gives no BaseMethod" in done.stderr
+    assert "has no usable BaseMethod" in done.stderr
