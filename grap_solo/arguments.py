@@ -1,4 +1,4 @@
-"""What the command line takes: one parser, with the flags, help and example of each command.
+"""The parser of the command line, with the flags, help and example of each command.
 
 Nothing slow is imported here, so that help and refusals answer at once.
 """

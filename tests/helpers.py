@@ -102,7 +102,7 @@ def start_command(output, *arguments, cwd=None):
 
 
 def output_of(process, output, code=0):
-    """What a process has printed by its end; fails if it ends with another exit code."""
+    """Waits for a process and returns its output; fails if its exit code is another one."""
     process.join()
     text = output.read_text()
     assert process.exitcode == code, text[-3000:]

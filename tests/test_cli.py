@@ -88,7 +88,7 @@ def python(code, *arguments, cwd=None):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What each command line is answered with, in an empty folder that stays empty."""
+    """The answer to each command line, given in an empty folder that stays empty."""
     folder = tmp_path_factory.mktemp("empty")
     lines = [*HELPS, *(line for line, _ in REFUSED.values())]
     found = json.loads(python(ANSWERS, json.dumps(lines), json.dumps(SLOW), cwd=folder))

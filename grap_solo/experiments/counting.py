@@ -1,4 +1,4 @@
-"""What a step costs beside time: its operators, the host's waits, and its peak memory."""
+"""Counts a step's operators and the host's waits, and measures its peak memory."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def write_comparison(folder):
 
 
 class Page(HTMLParser):
-    """What of a page the tests look at: its tags, its tables' rows and its text."""
+    """The parts of a page that the tests read: its tags, its tables' rows and its text."""
 
     def __init__(self, path):
         super().__init__()
