@@ -239,7 +239,8 @@ def test_wandb_that_is_not_installed_is_left_out(tmp_path, monkeypatch):
     ],
 )
 def test_unknown_keys_are_named_before_any_data_is_read(key, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("grap_solo.training.run.load_images", None)
+    for name in ("load_images", "load_both"):
+        monkeypatch.setattr(f"grap_solo.training.run.{name}", None)
     with pytest.raises(ConfigError, match=message):
         pretrain(quiet_digits(tmp_path, key))
     assert list(Path(tmp_path).iterdir()) == []

@@ -20,6 +20,7 @@ from grap_solo.experiments.demo import demo
 from grap_solo.experiments.retrain import retrain
 from grap_solo.methods import GrapAll4One
 from grap_solo.records.weights import median_weights, read_weights
+from grap_solo.training.config import prepare
 from grap_solo.training.loggers import SafeWandbLogger
 from grap_solo.training.run import pretrain
 
@@ -449,14 +450,10 @@ def test_wandb_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch)
 def test_fewer_validation_images_than_processes_are_refused(tmp_path, monkeypatch):
     """One without any would leave the others waiting for its share of the means."""
     import grap_solo.training.run as module
-    from grap_solo.data.datasets import Part
+    from grap_solo.data.images import Part
 
-    load = module.load_images
-    monkeypatch.setattr(
-        module,
-        "load_images",
-        lambda data, train: load(data, train=True) if train else Part(load(data, train=False), [0]),
-    )
+    train, validation = module.load_both(prepare(digits(tmp_path)).data)
+    monkeypatch.setattr(module, "load_both", lambda data: (train, Part(validation, [0])))
     with pytest.raises(ConfigError, match="data.val_path: 1 images for 2 processes"):
         pretrain(digits(tmp_path, "devices=2", "+strategy=ddp"))
     assert not list(tmp_path.rglob("config.yaml"))
