@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grap_solo.arguments import build_parser
-from grap_solo.errors import ConfigError
+from grap_solo.errors import ConfigError, refusal
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_refusal(error):
             raise
-        print(f"grap-solo: {' '.join(str(error).split())}", file=sys.stderr)
+        print(refusal(error), file=sys.stderr)
         return 2
     return 0
 

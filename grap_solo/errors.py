@@ -14,6 +14,11 @@ class RunStopped(ConfigError):
     """A training that cannot continue. Its files are complete; the text says why it stopped."""
 
 
+def refusal(error: Exception) -> str:
+    """The one line that the command line prints for an error."""
+    return f"grap-solo: {' '.join(str(error).split())}"
+
+
 def unknown_name(where: str, name: object, valid: Iterable[str]) -> ConfigError:
     """The error for a name that is not one of ``valid``. It suggests the nearest valid name.
 

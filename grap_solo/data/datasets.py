@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from grap_solo.data.images import (
     Images,
@@ -106,7 +108,7 @@ class _Visible(torchvision.datasets.ImageFolder):
         super().__init__(
             str(path),
             loader=open_rgb,
-            is_valid_file=lambda file: bool(_image_files(path, [Path(file)])),
+            is_valid_file=lambda file: _names_image(file, str(path)),
         )
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -143,14 +145,13 @@ def _visible_folders(path: Path) -> list[str]:
 
 def _image_files(root: Path, files: Iterable[Path]) -> list[Path]:
     """Those of the files below a folder that are images by their name, and not hidden there."""
-    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
-    return [
-        each
-        for each in files
-        if each.suffix.lower() in extensions
-        and not any(part.startswith(".") for part in each.relative_to(root).parts)
-        and not each.is_dir()
-    ]
+    return [each for each in files if _names_image(str(each), str(root)) and not each.is_dir()]
+
+
+def _names_image(file: str, root: str) -> bool:
+    """Whether a path below a folder has an image's name, and no hidden part below the folder."""
+    inside = file.removeprefix(f"{root}{os.sep}")
+    return inside.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in f"{os.sep}{inside}"
 
 
 def split_labels(

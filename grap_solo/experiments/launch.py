@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import grap_solo.compose  # noqa: F401 (adds configs/ to hydra's search path)
-from grap_solo.errors import ConfigError, RunStopped
+from grap_solo.errors import ConfigError, RunStopped, refusal
 
 # Hydra makes no folders and no logs, as in solo-learn's files.
 QUIET_HYDRA = {
@@ -61,11 +61,6 @@ def launch(arguments: Sequence[str]) -> None:
         print(refusal(error), file=sys.stderr)
     if refused:
         raise refused[-1]
-
-
-def refusal(error: Exception) -> str:
-    """The one line that the command line prints for an error."""
-    return f"grap-solo: {' '.join(str(error).split())}"
 
 
 def _train(cfg: DictConfig) -> Exception | None:
