@@ -169,6 +169,34 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         help="the sampler's seed; all runs train with the configuration's own (default: 0)",
     )  # fmt: skip
 
+    chart = add(
+        "map",
+        "train with every pair of weights of two terms and draw the accuracies as a map, with the "
+        "way of the learned weights; started again, it resumes",
+        "grap-solo map --config-path configs/digits --config-name grap_vicreg "
+        "--terms variance covariance --values 0.04 0.2 1 5 25 100 --seeds 1 2",
+        "changes a key of the configuration of all runs",
+        usage="--config-path DIR --config-name NAME --terms X Y --values WEIGHT ... "
+        "[--seeds N ...]\n           [--processes N] [key=value ...]",
+    )
+    _add_config_flags(chart)
+    chart.add_argument(
+        "--terms", nargs=2, required=True, metavar=("X", "Y"),
+        help="the two terms whose weights vary; the others keep theirs",
+    )  # fmt: skip
+    chart.add_argument(
+        "--values", nargs="+", type=float, required=True, metavar="WEIGHT",
+        help="the weights that each of the two takes, relative to the first other term's",
+    )  # fmt: skip
+    chart.add_argument(
+        "--seeds", nargs="+", type=_at_least(0), metavar="N",
+        help="the seeds of every run (default: the configuration's)",
+    )  # fmt: skip
+    chart.add_argument(
+        "--processes", type=_at_least(1), default=1, metavar="N",
+        help="how many runs train at a time (default: 1)",
+    )  # fmt: skip
+
     report = add(
         "report",
         "draw the pictures of runs and comparisons and write one HTML page",

@@ -159,6 +159,15 @@ def _search(given: argparse.Namespace) -> None:
     search(cfg, given.directory, given.trials, given.sampler, given.pruner, given.seed)
 
 
+def _map(given: argparse.Namespace) -> None:
+    file = _config_file(given)
+    from grap_solo.experiments.weight_map import map_weights
+
+    cfg = _composer(given.overrides)(file)
+    seeds = given.seeds or [cfg.seed]
+    map_weights(cfg, (given.terms[0], given.terms[1]), given.values, seeds, given.processes)
+
+
 def _report(given: argparse.Namespace) -> None:
     from grap_solo.report.page import report
 
@@ -214,6 +223,7 @@ COMMANDS = {
     "finetune": _finetune,
     "compare": _compare,
     "search": _search,
+    "map": _map,
     "report": _report,
     "bench": _bench,
     "demo": _demo,

@@ -75,9 +75,9 @@ def compare(
     directory.mkdir(parents=True, exist_ok=True)
     with only_one(directory):
         for cell in cells:
-            _check(cell)
-        _run_all(cells, directory, processes)
-        results = [read_json(c.directory / RESULT_FILE) or _failure(c) for c in cells]
+            check_cell(cell)
+        run_all(cells, directory, processes)
+        results = [result_of(cell) for cell in cells]
         runs = table_of_runs(results)
         rows = list(dict.fromkeys(methods))
         notes = _table_notes(cells, runs)
@@ -92,7 +92,7 @@ def compare(
     return directory
 
 
-def _check(cell: Cell) -> None:
+def check_cell(cell: Cell) -> None:
     """Checks that the run's folder is new, or holds this run of a comparison.
 
     Raises:
@@ -123,7 +123,7 @@ def _check(cell: Cell) -> None:
 # ---- running --------------------------------------------------------------------------------
 
 
-def _run_all(cells: Sequence[Cell], directory: Path, processes: int) -> None:
+def run_all(cells: Sequence[Cell], directory: Path, processes: int) -> None:
     """Trains the runs that start from scratch, then their children."""
     (directory / "logs").mkdir(exist_ok=True)
     missing = [cell for cell in cells if not (cell.directory / RESULT_FILE).exists()]
@@ -263,8 +263,11 @@ def _with_parent(cell: Cell) -> DictConfig:
     return cfg
 
 
-def _failure(cell: Cell) -> dict[str, Any]:
-    """Makes the row of a failed run."""
+def result_of(cell: Cell) -> dict[str, Any]:
+    """Reads a run's ``result.json``; of a failed run, makes a result with the reason."""
+    result: dict[str, Any] | None = read_json(cell.directory / RESULT_FILE)
+    if result is not None:
+        return result
     found = read_json(_failure_file(cell)) or {}
     reason = found.get("reason", "cut short")
     return {"method": cell.method, "seed": cell.seed, "reason": reason}
