@@ -56,10 +56,10 @@ def map_weights(
     if len(steps) < 2 or steps[0] <= 0 or not np.isfinite(steps).all():
         raise ConfigError(f"values: expected two or more numbers above 0, got {list(values)}")
     pairs = {_cell_name(terms, pair): pair for pair in itertools.product(steps, steps)}
-    definitions: dict[str, Any] = {
-        name: {"weighting": {"name": "fixed", "weights": _pair_weights(reference, unit, terms, pair)}}
-        for name, pair in pairs.items()
-    }
+    definitions: dict[str, Any] = {}
+    for name, pair in pairs.items():
+        weights = _pair_weights(reference, unit, terms, pair)
+        definitions[name] = {"weighting": {"name": "fixed", "weights": weights}}
     rule = str(OmegaConf.select(cfg, "weighting.name", default=BASELINE))
     methods = list(dict.fromkeys([BASELINE, rule]))
     if rule != BASELINE:
