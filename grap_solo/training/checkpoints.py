@@ -271,7 +271,6 @@ class EpochCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
         last = epoch + 1 == trainer.max_epochs or trainer.should_stop
-        last |= trainer.global_step == trainer.max_steps
         due = (epoch + 1) % self.frequency == 0 or last
         if due and is_whole_epoch(trainer) and pl_module.usable_in_epoch:
             self._save(trainer, pl_module, epoch)

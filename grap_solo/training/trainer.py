@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.errors import ConfigError
+from grap_solo.keys import Key
 from grap_solo.records.files import CHECKPOINTS_FOLDER
 from grap_solo.training.checkpoints import EpochCheckpoint, EpochSeed, Start, is_whole_epoch
 from grap_solo.training.loggers import ResumableCSVLogger, WeightsProgressBar, wandb_logger
@@ -82,9 +83,11 @@ def check_arguments(cfg: DictConfig) -> None:
         value: Any = cfg.get(name)
         if value is not None and str(value) not in harmless:
             raise ConfigError(f"{name}: {value} cannot be obeyed: {instead}")
-    for name in ("limit_train_batches", "max_steps"):
-        if cfg.get(name) == 0:
-            raise ConfigError(f"{name}: 0 leaves nothing to train: leave it out, or give 1 or more")
+    if cfg.get("limit_train_batches") == 0:
+        raise ConfigError("limit_train_batches: 0 leaves nothing to train: leave it out")
+    steps = cfg.get("max_steps")
+    if steps is not None and steps != -1:
+        Key(int, least=1).check(steps, "max_steps")
 
 
 def make_trainer(
@@ -125,6 +128,9 @@ def make_trainer(
     for name, printer in OUTPUT.items():
         if kwargs.get(name):
             logging.getLogger(printer).setLevel(logging.INFO)
+    steps = kwargs.pop("max_steps", -1)
+    if steps != -1:
+        callbacks.append(StopAtStep(steps))
     try:
         if "max_time" in kwargs:
             callbacks.append(TimeOfStart(kwargs.pop("max_time")))
@@ -149,6 +155,30 @@ class TimeOfStart(Timer):
         pass
 
 
+class StopAtStep(Callback):
+    """Ends the training after an optimiser step. Lightning's own ``max_steps`` would shorten the
+    schedules, and takes a resumed run for one within its epoch.
+
+    Args:
+        last: the number of the step.
+    """
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        self._check(trainer)
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step >= self.last:
+            trainer.should_stop = True
+
+
 def key_that_ended(trainer: pl.Trainer, epochs: int) -> str | None:
     """The key that has ended a training before its epochs were over; None if none has.
 
@@ -159,8 +189,11 @@ def key_that_ended(trainer: pl.Trainer, epochs: int) -> str | None:
     progress: Any = trainer.fit_loop.epoch_progress.current
     if progress.processed >= epochs and is_whole_epoch(trainer):
         return None
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-        return "max_steps"
-    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
-    left = [each.time_remaining() for each in timers]
-    return "max_time" if any(each is not None and each <= 0 for each in left) else None
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    for each in callbacks:
+        if isinstance(each, StopAtStep) and trainer.global_step >= each.last:
+            return "max_steps"
+        left = each.time_remaining() if isinstance(each, Timer) else None
+        if left is not None and left <= 0:
+            return "max_time"
+    return None
