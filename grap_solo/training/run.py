@@ -268,9 +268,15 @@ def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:
         what: the name of the comparison, for the errors.
 
     Raises:
-        ConfigError: no labelled validation images, several devices, or what ``prepare`` refuses.
+        ConfigError: no labelled validation images, several devices, a trial run, or what
+            ``prepare`` refuses.
     """
     cfg = prepare(source)
+    if cfg.get("fast_dev_run"):
+        raise ConfigError(
+            f"fast_dev_run: {what} needs the files of its runs, and a trial run keeps none: leave "
+            "it out, or set max_epochs=1"
+        )
     if no_validation(cfg):
         raise ConfigError(
             f"data.val_path: {what} compares accuracies on labelled validation images: give some, "

@@ -63,6 +63,21 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 """For each Trainer argument that a run sets itself or has no use for: the values that change
 nothing, and what to do instead."""
 
+KINDS = {
+    "benchmark": Key(bool),
+    "detect_anomaly": Key(bool),
+    "deterministic": Key(bool, choices=("warn",)),
+    "enable_autolog_hparams": Key(bool),
+    "enable_model_summary": Key(bool),
+    "inference_mode": Key(bool),
+    "log_every_n_steps": Key(int, least=0),
+    "max_steps": Key(int, least=-1),
+    "min_epochs": Key(int, least=0),
+    "min_steps": Key(int, least=0),
+    "num_sanity_val_steps": Key(int, least=-1),
+}
+"""The arguments whose type the Trainer does not check."""
+
 OUTPUT = {
     "enable_model_summary": "lightning.pytorch.callbacks.model_summary",
     "profiler": "lightning.pytorch.profilers",
@@ -85,9 +100,11 @@ def check_arguments(cfg: DictConfig) -> None:
             raise ConfigError(f"{name}: {value} cannot be obeyed: {instead}")
     if cfg.get("limit_train_batches") == 0:
         raise ConfigError("limit_train_batches: 0 leaves nothing to train: leave it out")
-    steps = cfg.get("max_steps")
-    if steps is not None and steps != -1:
-        Key(int, least=1).check(steps, "max_steps")
+    if cfg.get("max_steps") == 0:
+        raise ConfigError("max_steps: 0 leaves nothing to train: leave it out")
+    for name, key in KINDS.items():
+        if cfg.get(name) is not None:
+            key.check(cfg[name], name)
 
 
 def make_trainer(

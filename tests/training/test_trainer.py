@@ -5,7 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import quiet_digits
+from helpers import quiet_digits, take_step
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 from torch.nn import functional as F
@@ -204,7 +204,7 @@ def test_a_step_waits_for_the_device_once(rule):
     optimizer, batch = model.configure_optimizers(), batch_of(model)
 
     def step():
-        model.training_step(batch, 1).backward()
+        take_step(model, batch, 1)
         optimizer.step()
         for pair in model.momentum_pairs:
             model.momentum_updater.update(*pair)
