@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 
 from grap_solo import ConfigError
 from grap_solo.errors import Diverged
+from grap_solo.evaluation.online import WeightedKNNClassifier
 from grap_solo.methods.guarded import ADAPTED
 from grap_solo.training.checkpoints import find_not_finite, newest_whole
 from grap_solo.training.run import pretrain
@@ -18,7 +19,8 @@ NAN = float("nan")
 
 
 def spoil_gradient(module, batch):
-    next(each for each in module.backbone.parameters() if each.requires_grad).grad.view(-1)[0] = NAN
+    gradients = [each.grad for each in module.backbone.parameters() if each.grad is not None]
+    gradients[0][0] = NAN
 
 
 def spoil_images(module, batch):
@@ -27,7 +29,7 @@ def spoil_images(module, batch):
 
 def spoil_parameter(module, batch):
     with torch.no_grad():
-        next(module.backbone.parameters()).view(-1)[0] = NAN
+        next(module.backbone.parameters())[0] = NAN
 
 
 class Spoil(Callback):
@@ -61,7 +63,16 @@ class Spoil(Callback):
 def state_of(trainer, module):
     model = {k: v for k, v in module.state_dict().items() if not k.endswith(ADAPTED)}
     (optimizer,) = trainer.optimizers
-    return model, optimizer.state_dict()["state"], getattr(module.momentum_updater, "cur_tau", None)
+    updater = getattr(module, "momentum_updater", None)
+    return model, optimizer.state_dict()["state"], getattr(updater, "cur_tau", None)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
 
 
 CASES = {
@@ -77,48 +88,55 @@ def test_a_step_that_is_not_finite_changes_nothing(case, rule, tmp_path):
     the weights and the rate of the momentum networks."""
     spoil = Spoil(*CASES[case])
     block = [f"+weighting={{name: {rule}}}", "method=grap_all4one", "max_epochs=1"]
-    run = pretrain(quiet_digits(tmp_path, *block, "knn_eval.enabled=true", file="all4one"), [spoil])
+    run = pretrain(quiet_digits(tmp_path, *block, file="all4one"), [spoil])
     (model, optimizer, tau), after = spoil.states
     assert tau == after[2] and len(model) > 100 and optimizer
     for name, value in model.items():
-        other = after[0][name]
-        assert torch.equal(value, other) if torch.is_tensor(value) else value == other, name
-    for number, state in optimizer.items():
-        for name, value in state.items():
-            assert value is None or torch.equal(value, after[1][number][name])
+        if isinstance(value, dict):  # FAMO's: each step writes these losses anew.
+            value.pop("losses"), after[0][name].pop("losses")
+        assert same(value, after[0][name]), name
+    assert same(optimizer, after[1])
     assert find_not_finite(run.model.state_dict()) is None
-    (row,) = [each for each in rows_of(run.directory / "metrics.csv") if each["val_acc1"]]
-    assert float(row["val_knn_acc1"]) > 30
     skipped = [r["skipped/step"] for r in rows_of(run.directory / "metrics.csv")]
     assert [float(each) for each in skipped if each] == pytest.approx([1 / 3], abs=1e-6)
 
 
 def test_a_step_that_is_not_finite_costs_those_that_it_is_accumulated_with(tmp_path):
     changes = ["+accumulate_grad_batches=3", "max_epochs=1", "scheduler.warmup_epochs=0"]
-    cfg = quiet_digits(tmp_path, *changes, file="grap_vicreg")
     spoil = Spoil(*CASES["gradient"], number=0)
-    spoil.states = None
-    seen = []
+    states = []
 
     class Watch(Callback):
         def on_train_start(self, trainer, module):
-            seen.append(copy.deepcopy(dict(module.named_parameters())))
+            states.append({k: v.detach().clone() for k, v in module.named_parameters()})
 
-    spoil.on_train_batch_start = lambda trainer, module, batch, number: setattr(
-        spoil, "now", (0, number)
-    )
-    with pytest.raises(Diverged, match="no step of the last epoch was finite|steps in a row"):
-        run = pretrain(cfg, [spoil, Watch()])
-        seen.append(dict(run.model.named_parameters()))
-        for name, value in seen[0].items():
-            assert torch.equal(value, seen[1][name]), name
-        raise Diverged("no step of the last epoch was finite")
+        def on_train_end(self, trainer, module):
+            states.append({k: v.detach().clone() for k, v in module.named_parameters()})
+
+    pretrain(quiet_digits(tmp_path, *changes, file="grap_vicreg"), [spoil, Watch()])
+    before, after = states
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_features_that_are_not_finite_are_nobodys_neighbours():
+    found = []
+    for value in (None, NAN, float("inf")):
+        knn = WeightedKNNClassifier(k=2)
+        features, labels = torch.eye(4), torch.arange(4)
+        knn.update(train_features=features, train_targets=labels)
+        if value is not None:
+            knn.update(
+                train_features=torch.full((3, 4), value), train_targets=torch.zeros(3).long()
+            )
+        knn.update(test_features=features + 0.1, test_targets=labels)
+        found.append(knn.compute())
+    assert found[0] == found[1] == found[2] and found[0][0] == 100
 
 
 def test_an_exploding_update_keeps_the_last_good_checkpoint_and_is_not_a_finished_run(tmp_path):
     cfg = quiet_digits(tmp_path, "max_epochs=3", file="grap_vicreg")
     spoil = Spoil("on_train_batch_start", spoil_parameter, epoch=1, number=2)
-    with pytest.raises(Diverged, match=r"no step of the last epoch .* run-ep=0.ckpt is from bef"):
+    with pytest.raises(Diverged, match=r"no step of the last epoch .*/run-ep=0.ckpt is from bef"):
         pretrain(cfg, [spoil])
     run = tmp_path / "run"
     path, state = newest_whole(run / "checkpoints", "run")
