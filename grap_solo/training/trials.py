@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -57,7 +57,7 @@ def set_trial_aside(source: DictConfig, cfg: DictConfig) -> bool:
     if not limits:
         return False
     if is_first_process():
-        names = (f"{directory.name}_trial{number}" for number in ("", *count(2)))
+        names = (f"{directory.name}_trial{number}" for number in chain([""], count(2)))
         aside = next(each for each in map(directory.with_name, names) if not each.exists())
         os.replace(directory, aside)
         key, value = next(iter(limits.items()))
