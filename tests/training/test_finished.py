@@ -76,7 +76,7 @@ def test_steps_for_all_epochs_are_a_finished_run(tmp_path):
 
 def test_a_callback_may_end_a_run(tmp_path):
     class Enough(Callback):
-        def on_validation_end(self, trainer, module):
+        def on_train_epoch_end(self, trainer, module):
             trainer.should_stop = True
 
     pretrain(configuration(tmp_path, "max_epochs=9"), [Enough()])
