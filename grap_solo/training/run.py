@@ -178,8 +178,13 @@ def _fit(
             raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
         except Diverged as error:
             raise Diverged(f"{error}{_newest(cfg)}") from None
-        except MisconfigurationException as error:
-            raise ConfigError(f"trainer: {error}".splitlines()[0]) from None
+        except ConfigError:
+            raise
+        except (MisconfigurationException, ValueError) as error:
+            line = str(error).strip().partition("\n")[0]
+            if isinstance(error, ValueError) and "`val_check_interval`" not in line:
+                raise
+            raise ConfigError(f"trainer: {line}") from None
         except (OSError, RuntimeError) as error:
             raise explain_machine_failure(error, directory) from error
         finally:

@@ -65,22 +65,26 @@ nothing, and what to do instead."""
 
 KINDS = {
     "benchmark": Key(bool),
+    "check_val_every_n_epoch": Key(int, least=1),
     "detect_anomaly": Key(bool),
     "deterministic": Key(bool, choices=("warn",)),
     "enable_autolog_hparams": Key(bool),
     "enable_model_summary": Key(bool),
+    "gradient_clip_val": Key(float, least=0),
     "inference_mode": Key(bool),
+    "limit_train_batches": Key(float, least=0),
+    "limit_val_batches": Key(float, least=0),
     "log_every_n_steps": Key(int, least=0),
     "max_steps": Key(int, least=-1),
     "min_epochs": Key(int, least=0),
     "min_steps": Key(int, least=0),
     "num_sanity_val_steps": Key(int, least=-1),
 }
-"""The arguments whose type the Trainer does not check."""
+"""The arguments whose type or range the Trainer does not check, or not in a clear line."""
 
 OUTPUT = {
     "enable_model_summary": "lightning.pytorch.callbacks.model_summary",
-    "profiler": "lightning.pytorch.profilers",
+    "profiler": "lightning.pytorch.utilities.rank_zero",
 }
 """The loggers by which Lightning prints what these arguments ask for. A run hides them else."""
 

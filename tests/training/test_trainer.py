@@ -162,6 +162,7 @@ def test_accumulated_gradients_are_the_mean_of_the_steps(tmp_path):
     model.zero_grad()
     for number, batch in enumerate(batches):
         (model.training_step(batch, number) / 2).backward()
+        model.on_after_backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same(watch.gradients[0], expected)
 
