@@ -10,6 +10,7 @@ compares the first tenth of the epochs with the last. Linux only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 
+from grap_solo.errors import RunStopped
 from grap_solo.report.tables import markdown
 from grap_solo.training.run import pretrain
 
@@ -73,7 +75,8 @@ def main() -> None:
     with initialize_config_dir(str(CONFIGS), version_base="1.2"):
         cfg = compose("grap", settings)
     watch = Watch(chosen.directory)
-    pretrain(cfg, [watch])
+    with contextlib.suppress(RunStopped):  # By max_time.
+        pretrain(cfg, [watch])
 
     tenth = max(1, len(watch.rows) // 10)
     first, last = (

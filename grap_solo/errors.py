@@ -14,6 +14,10 @@ class RunStopped(ConfigError):
     """A training that cannot continue. Its files are complete; the text says why it stopped."""
 
 
+class Diverged(RunStopped):
+    """A training whose steps are not finite any more."""
+
+
 def refusal(error: Exception) -> str:
     """The one line that the command line prints for an error."""
     return f"grap-solo: {' '.join(str(error).split())}"

@@ -4,7 +4,7 @@
     python scripts/recordings.py after.json before.json    # at another: exit code 1 if they differ
 
 Trains every file of configs/digits for two epochs. With solo-learn's main branch on PYTHONPATH, the
-runs use solo-learn's base classes and stop after 20 steps.
+runs use solo-learn's base classes and take 10 steps an epoch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def record(file: str, directory: Path) -> dict[str, str]:
     changes = ["max_epochs=2", "+enable_progress_bar=false", "name=run"]
     changes += [f"checkpoint.dir={directory}", "log_every_n_steps=1"]
     if BASE == "solo-learn":
-        changes += ["+max_steps=20"]
+        changes += ["+limit_train_batches=10"]
     command = ["-m", "grap_solo.cli", "pretrain", "--config-path", CONFIGS, "--config-name", file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(

@@ -48,7 +48,9 @@ def page() -> str:
     parts = [INTRODUCTION, "## First level\n", _fields(model, plain)]
     parts.append(
         "Any other argument of Lightning's `Trainer`, such as `log_every_n_steps`, may stand here "
-        "too.\n"
+        "too. An argument that a run sets itself, such as `logger`, is refused with a line that "
+        "says what to set instead. `max_steps` and `max_time` end one start of a run and leave "
+        "its schedules alone: start it again to resume.\n"
     )
     for name, each in blocks.items():
         if name not in FROM_CODE:

@@ -175,6 +175,14 @@ def method_over(base: str, monkeypatch, name="all4one", absent=()):
     return methods.METHODS[name]
 
 
+def take_step(model, batch, number=0):
+    """A step up to the optimiser's, as Lightning takes it; returns the loss."""
+    loss = model.training_step(batch, number)
+    loss.backward()
+    model.on_after_backward()
+    return loss
+
+
 METHOD_KWARGS = {
     "all4one": {
         "temperature": 0.2,

@@ -68,12 +68,18 @@ class WeightedKNNClassifier(Metric):
     def compute(self) -> tuple[Any, Any]:
         """Returns top-1 and top-5 accuracy in percent, and forgets the features.
 
-        Both are -1 if the train or the test features are missing.
+        Train features that are not finite are left out. Both are -1 if train or test features are
+        missing.
         """
         if not any(map(len, self.train_features)) or not any(map(len, self.test_features)):
             return -1.0, -1.0
         train, test = _concatenate(self.train_features), _concatenate(self.test_features)
         labels, targets = _concatenate(self.train_targets), _concatenate(self.test_targets)
+        finite = train.isfinite().all(1)  # NaN would be every image's nearest neighbour.
+        train, labels = train[finite], labels[finite]
+        if not len(train):
+            self.reset()
+            return -1.0, -1.0
         if self.distance_fx == "cosine":
             train, test = F.normalize(train), F.normalize(test)
         k = min(self.k, len(train))

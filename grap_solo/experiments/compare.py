@@ -38,6 +38,7 @@ from grap_solo.records.files import (
 from grap_solo.records.weights import median_weights
 from grap_solo.report.page import report
 from grap_solo.report.tables import BASELINE, table_of_methods, table_of_runs, write_summary
+from grap_solo.training.checkpoints import STOPS
 from grap_solo.training.config import prepare
 from grap_solo.training.run import pretrain
 
@@ -112,7 +113,8 @@ def check_cell(cell: Cell) -> None:
             theirs.pop(key, None)
             ours.pop(key, None)
     ours.pop("hydra", None)
-    differing = [key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key)]
+    keys = {*theirs, *ours}.difference(STOPS)
+    differing = [key for key in keys if theirs.get(key) != ours.get(key)]
     if differing:
         raise ConfigError(
             f"name: {cell.directory} holds a run with another '{sorted(differing)[0]}': give the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.errors import ConfigError
 from grap_solo.methods import weighted_name
-from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, WEIGHTS_FILE
+from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE, WEIGHTS_FILE
 from grap_solo.records.weights import pooled_weights
 from grap_solo.training.run import Run, pretrain
 
@@ -39,6 +40,11 @@ def retrain(
         ConfigError: not a run's directory, or a configuration that :func:`pretrain` refuses.
     """
     cfg = _child(parents[0], load, "tuned")
+    for each in parents:
+        if not (each / TRAINED_FILE).exists():
+            warnings.warn(
+                f"{each} is not finished: its median weights are of the steps so far", stacklevel=2
+            )
     warmup = [OmegaConf.select(_read_config(each), WARMUP, default=0) for each in parents]
     weights = pooled_weights([each / WEIGHTS_FILE for each in parents], warmup, epochs, last)
     cfg.method = weighted_name(cfg.method)

@@ -23,11 +23,12 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.errors import ConfigError, Diverged, unknown_name
 from grap_solo.experiments.search_report import REPORT_FILES, trial_name, write_report
 from grap_solo.methods import weighted_name
 from grap_solo.records.files import MEDIAN_FILE, RESULT_FILE, only_one, write_json
 from grap_solo.records.weights import read_median
+from grap_solo.training.checkpoints import STOPS
 from grap_solo.training.config import run_dir, terms_of
 from grap_solo.training.run import prepare_one_of_many, pretrain
 
@@ -93,7 +94,8 @@ def search(
             f"within a factor of {RANGE:g} of it: give it some weight"
         )
     plain = _shared_keys(source)
-    settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": plain}
+    lasting = {key: value for key, value in plain.items() if key not in STOPS}
+    settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": lasting}
     settings = json.loads(json.dumps(settings, default=str))  # As the study returns them.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -269,6 +271,8 @@ def _run_trial(
             )
     except optuna.TrialPruned:
         state = TrialState.PRUNED
+    except Diverged as error:  # The weights are at fault: other trials may go well.
+        state, reason = TrialState.FAIL, str(error)
     except ConfigError:
         raise
     except Exception as error:

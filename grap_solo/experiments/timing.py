@@ -88,6 +88,8 @@ class Contender:
         with self.autocast:
             loss = self.model.training_step(self.batch, 0)
         loss.backward()
+        with self.autocast:
+            self.model.on_after_backward()  # Of any LightningModule; ours ends the step in it.
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -17,9 +17,10 @@ from grap_solo.balance import HeldOut, SharedHead, Step, balance
 from grap_solo.distributed import mean_over_ranks
 from grap_solo.errors import ConfigError
 from grap_solo.keys import Key
+from grap_solo.methods.guarded import GuardedMethod, Taken
 from grap_solo.methods.losses import Projections, Views, probe_loss
 from grap_solo.methods.modules import copy_and_reinitialize, frozen_statistics
-from grap_solo.methods.recorded import RecordedMethod, TermLosses
+from grap_solo.methods.recorded import TermLosses
 from grap_solo.solo import BaseMethod, BaseMomentumMethod, register_backbone
 from grap_solo.solo.base import MomentumUpdater
 from grap_solo.solo.optimizers import lars
@@ -55,7 +56,7 @@ CONFIG_KEYS: dict[str, dict[str, Key]] = {
 """The keys that a composite method reads besides solo-learn's, by block."""
 
 
-class CompositeMethod(RecordedMethod, ABC):
+class CompositeMethod(GuardedMethod, ABC):
     """A self-supervised method of two views whose loss is a weighted sum of terms.
 
     The weights come from a ``weighting:`` block. The downstream head is the online probe, which
@@ -145,7 +146,8 @@ class CompositeMethod(RecordedMethod, ABC):
     ) -> dict[str, Tensor]:
         """Updates the method's state, such as a queue, and returns its own metrics, each shape ().
 
-        Called without gradient before the backward pass. It is not called for a skipped step.
+        Called without gradient between the backward pass and the optimiser's step. It is not called
+        for a skipped step.
 
         Args:
             step: the result of :func:`~grap_solo.balance.balance`.
@@ -198,7 +200,6 @@ class CompositeMethod(RecordedMethod, ABC):
                     getattr(self, name).compile()
         self.parameter_space_every: int = self.cfg.diagnostics.parameter_space_every
         self.max_skipped_steps: int = self.cfg.diagnostics.max_skipped_steps
-        self.skipped_in_a_row = 0
         self.last_step = 0
         self.effective_weights: Tensor = self.weighting.reference
         self.shown_weights: list[float] = self.weighting.reference.tolist()
@@ -260,19 +261,17 @@ class CompositeMethod(RecordedMethod, ABC):
 
     # ---- one step -----------------------------------------------------------------------------
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Computes the surrogate of a batch. Its backward pass is the weighting's step.
 
-        Returns None if the step is not finite: the optimiser then changes nothing.
+        After the backward pass, Lightning calls :meth:`on_after_backward`, which ends the step.
 
         Args:
             batch: ``[indexes, [view1, view2], labels]``; or a dictionary of two such batches,
                 ``train`` for the terms and ``labelled`` for the downstream head.
             batch_idx: the batch's number in the epoch.
-
-        Raises:
-            RunStopped: if too many steps in a row are not finite.
         """
+        self._remember_state()
         labelled = None
         if isinstance(batch, Mapping):
             batch, labelled = batch["train"], batch["labelled"]
@@ -290,17 +289,19 @@ class CompositeMethod(RecordedMethod, ABC):
             self.weighting.end_epoch()  # After the last epoch's checkpoint has been saved.
         truth = (batch if labelled is None else labelled)[2]
         step = self._balance(outputs["feats"], targets, truth, held_out)
-        if not self._is_usable(step):
-            return None
-        self._diagnose(step, outputs["feats"], held_out)
-        if self.weighting.needs_losses_after:
-            self._last_batch = (batch[1], targets)
-        with torch.no_grad():
-            metrics = self.after_step(step, outputs, targets, batch)
-            self._log_step(step, metrics)
-            if held_out is not None:
-                self._log_labelled(step, held_out, truth)
+        diagnostics = self._diagnose(step, outputs["feats"], held_out)
+        self._taken = Taken(step, outputs, targets, batch, held_out, truth, diagnostics)
         return step.loss + outputs.get("momentum_loss", 0)
+
+    def finish_step(self, taken: Taken) -> None:
+        """Updates the method's state, and logs the step."""
+        self.diagnostics = taken.diagnostics
+        if self.weighting.needs_losses_after:
+            self._last_batch = (taken.batch[1], taken.targets)
+        metrics = self.after_step(taken.step, taken.outputs, taken.targets, taken.batch)
+        self._log_step(taken.step, metrics)
+        if taken.held_out is not None:
+            self._log_labelled(taken.step, taken.held_out, taken.labels)
 
     def _balance(
         self, embeddings: Views, targets: Any, labels: Tensor, held_out: HeldOut | None
@@ -361,8 +362,12 @@ class CompositeMethod(RecordedMethod, ABC):
         return super()._shared_step_momentum(X, targets)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Updates, after an optimiser step, a weighting that needs the losses after it."""
-        if self.trainer.global_step > self.last_step:
+        """Updates, after an optimiser step, a weighting that needs the losses after it.
+
+        After a skipped step neither it nor the momentum networks are updated."""
+        if not self.usable:
+            self.last_step = self.trainer.global_step
+        elif self.trainer.global_step > self.last_step:
             with self.trainer.precision_plugin.forward_context():
                 self.update_weighting_after_step()
         super().on_train_batch_end(outputs, batch, batch_idx)

@@ -10,17 +10,21 @@ from typing import Any
 from torch import nn
 
 
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keeps the running statistics of batch-norms from changing.
-
-    The layers still normalise by the batch, as in training. Every layer with ``running_mean`` and
-    ``momentum`` counts as a batch-norm."""
-    norms: list[Any] = [
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The batch-norms of a module: every layer with ``running_mean`` and ``momentum``."""
+    return [
         each
         for each in module.modules()
         if hasattr(each, "running_mean") and hasattr(each, "momentum")
     ]
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keeps the running statistics of batch-norms from changing.
+
+    The layers still normalise by the batch, as in training."""
+    norms: list[Any] = batch_norms(module)
     momenta = [each.momentum for each in norms]
     for each in norms:
         each.momentum = 0.0

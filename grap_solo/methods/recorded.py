@@ -1,4 +1,4 @@
-"""Records of each step: its metrics, diagnostics, effective weights, and whether it was skipped."""
+"""Records of each step: its metrics, diagnostics and effective weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from grap_solo.balance import HeldOut, Step
 from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_cosine
-from grap_solo.errors import RunStopped
 from grap_solo.evaluation.online import top1_and_top5
 from grap_solo.methods.losses import Projections, Views
 from grap_solo.methods.probed import ProbedMethod
@@ -35,12 +34,10 @@ class RecordedMethod(ProbedMethod):
         weighting: turns a step's statistics into effective weights.
         effective_weights: the effective weights of the last usable step, shape (K,).
         shown_weights: the same weights as numbers on the host.
-        diagnostics: the last step's cosines and norms, by the names of
+        diagnostics: the last usable step's cosines and norms, by the names of
             :func:`~grap_solo.diagnostics.diagnostic_names`.
         parameter_space_every: steps between two measurements of
             :func:`~grap_solo.diagnostics.parameter_space_cosine`; 0 for none.
-        max_skipped_steps: the number of skipped steps in a row at which the run stops.
-        skipped_in_a_row: the number of steps skipped since the last usable step.
         loss_metric: see :class:`~grap_solo.methods.composite.CompositeMethod`.
         term_metrics: see :class:`~grap_solo.methods.composite.CompositeMethod`.
     """
@@ -50,8 +47,6 @@ class RecordedMethod(ProbedMethod):
     shown_weights: list[float]
     diagnostics: dict[str, Tensor]
     parameter_space_every: int
-    max_skipped_steps: int
-    skipped_in_a_row: int
     loss_metric: ClassVar[str]
     term_metrics: ClassVar[Mapping[str, str]]
 
@@ -59,34 +54,14 @@ class RecordedMethod(ProbedMethod):
         """Adds the recorder of the effective weights, for solo-learn's scripts too."""
         return [TrajectoryRecorder()]
 
-    def _is_usable(self, step: Step) -> bool:
-        """Whether a step is finite on every rank.
+    def _diagnose(self, step: Step, feats: Views, held_out: HeldOut | None) -> dict[str, Tensor]:
+        """Computes the cosines and norms of the step's gradients for the recorder, by name.
 
-        Reading a number makes the host wait for the GPU. The weights are therefore read here too:
-        one wait a step."""
-        self.log("skipped/step", (~step.finite).float(), on_step=False, on_epoch=True, batch_size=1)
-        finite, *weights = torch.cat([step.finite.to(step.weights)[None], step.weights]).tolist()
-        if finite:
-            self.skipped_in_a_row = 0
-            self.effective_weights, self.shown_weights = step.weights, weights
-            return True
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.max_skipped_steps:
-            losses = {**step.losses, "the probe's loss": step.downstream}
-            bad = [name for name, each in losses.items() if not each.isfinite()]
-            raise RunStopped(
-                f"diagnostics.max_skipped_steps: {self.skipped_in_a_row} steps in a row were not "
-                f"finite ({', '.join(bad) or 'gradients'}): the run stops; its checkpoints are "
-                "from earlier steps: try a lower optimizer.lr, or precision 32-true"
-            )
-        return False
-
-    def _diagnose(self, step: Step, feats: Views, held_out: HeldOut | None) -> None:
-        """Computes the cosines and norms of the step's gradients for the recorder."""
+        It must come before the backward pass, which frees the embeddings' graph."""
         found = diagnose(step)
         if found is None:
-            return
-        self.diagnostics = dict(zip(diagnostic_names(self.weighting.terms), found, strict=True))
+            return {}
+        diagnostics = dict(zip(diagnostic_names(self.weighting.terms), found, strict=True))
         every = self.parameter_space_every
         if every:
             cosine = found.new_tensor(torch.nan)
@@ -94,7 +69,8 @@ class RecordedMethod(ProbedMethod):
                 cosine = parameter_space_cosine(
                     step, step.downstream_gradients, feats, self.backbone
                 )
-            self.diagnostics["parameter_space"] = cosine
+            diagnostics["parameter_space"] = cosine
+        return diagnostics
 
     def _log_step(self, step: Step, metrics: dict[str, Tensor]) -> None:
         """Logs the active terms, their reference-weighted sum, the metrics and the weights."""

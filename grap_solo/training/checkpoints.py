@@ -17,15 +17,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from grap_solo.data.sampling import mixed_seed
-from grap_solo.errors import ConfigError
+from grap_solo.errors import ConfigError, Diverged
 from grap_solo.methods import CompositeMethod
 from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE
 from grap_solo.solo import BaseMomentumMethod
 
 RESUMABLE = ("state_dict", "global_step", "epoch")
 """The entries of a checkpoint from which a run can resume."""
+
+STOPS = ("max_steps", "max_time")
+"""The keys that end a start of a run early. They may differ when it is started again."""
 
 WEIGHTING_PREFIX = "weighting."
 """The prefix of the weighting's names in a method's state dict."""
@@ -114,20 +118,42 @@ def read_checkpoint(path: Path, key: str, parts: Sequence[str] = RESUMABLE) -> d
         return _load_whole(path, parts)
     except FileNotFoundError:
         raise ConfigError(f"{key}: no such file: give a run's checkpoint") from None
+    except Diverged as error:
+        raise ConfigError(f"{key}: {error}: give an earlier checkpoint") from None
     except Exception:
         raise ConfigError(f"{key}: not a checkpoint, or one cut short") from None
 
 
 def _load_whole(path: Path, parts: Sequence[str] = RESUMABLE) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return {**state, **{name: state[name] for name in parts}}  # Raises if one is missing.
+    state = {**state, **{name: state[name] for name in parts}}  # Raises if one is missing.
+    bad = find_not_finite({name: state.get(name) for name in ("state_dict", "optimizer_states")})
+    if bad is not None:
+        raise Diverged(f"'{bad}' is not finite")
+    return state
+
+
+def find_not_finite(state: Any, name: str = "") -> str | None:
+    """The name of the first tensor in nested dictionaries and lists that has a number that is not
+    finite; None if all are finite."""
+    if isinstance(state, Tensor):
+        return name if state.is_floating_point() and not state.isfinite().all() else None
+    if isinstance(state, Mapping):
+        parts = [(str(key), value) for key, value in state.items()]
+    elif isinstance(state, list | tuple):
+        parts = [(str(number), value) for number, value in enumerate(state)]
+    else:
+        return None
+    found = (find_not_finite(value, f"{name}.{key}" if name else key) for key, value in parts)
+    return next((each for each in found if each is not None), None)
 
 
 def different_keys(source: DictConfig, directory: Path) -> list[str]:
     """The first-level keys in which a configuration differs from that of the run in a folder."""
     theirs: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE))
     ours = resolve_source(source)
-    return sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    keys = {*theirs, *ours}.difference(STOPS)
+    return sorted(key for key in keys if theirs.get(key) != ours.get(key))
 
 
 def resolve_source(source: DictConfig) -> dict[Any, Any]:
@@ -194,11 +220,13 @@ def epoch_checkpoints(folder: Path, name: str) -> list[Path]:
 def newest_whole(folder: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
     """The newest readable checkpoint of a run, and its content; None if there is none.
 
-    Checkpoints that are cut short or foreign are skipped with a warning.
+    Checkpoints that are cut short, foreign or not finite are skipped with a warning.
     """
     for path in epoch_checkpoints(folder, name):
         try:
             return path, _load_whole(path)
+        except Diverged as error:
+            warnings.warn(f"{path} is skipped: {error}", stacklevel=2)
         except Exception as error:
             line = str(error).splitlines()[0] if str(error) else type(error).__name__
             warnings.warn(f"{path} is not a whole checkpoint and is skipped: {line}", stacklevel=2)
@@ -207,6 +235,10 @@ def newest_whole(folder: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
 
 class EpochCheckpoint(Checkpoint):
     """Writes a checkpoint at the end of every ``frequency`` epochs and of the last epoch.
+
+    It is written only if all its tensors are finite and a step of the epoch was usable: the newest
+    checkpoint is always one to resume from. A training that ends within an epoch leaves
+    ``<name>-interrupted.ckpt``, as a signal does.
 
     A checkpoint gets its final name only when it and the epoch's metrics are on the disk, so that a
     resumed run finds files of the same moment. Then the previous checkpoint is removed.
@@ -224,7 +256,6 @@ class EpochCheckpoint(Checkpoint):
         self.online, self.began = start.online, time.monotonic() - start.seconds
         self.interrupted = folder / f"{name}-interrupted.ckpt"
         self.waiting: tuple[Path, Path] | None = None
-        self.saved_at = -1
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = trainer.callback_metrics.get("val_acc1")  # All processes: it may synchronise.
@@ -239,17 +270,21 @@ class EpochCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
-        if (epoch + 1) % self.frequency == 0 or epoch + 1 == trainer.max_epochs:
-            self._save(trainer, epoch)
+        last = epoch + 1 == trainer.max_epochs or trainer.should_stop
+        due = (epoch + 1) % self.frequency == 0 or last
+        if due and is_whole_epoch(trainer) and pl_module.usable_in_epoch:
+            self._save(trainer, pl_module, epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._commit(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._commit(trainer)
-        if trainer.global_step and self.saved_at != trainer.global_step:  # Stopped by max_steps.
-            self._save(trainer, max(trainer.current_epoch - 1, 0))
-            self._commit(trainer)
+        if trainer.global_step and not is_whole_epoch(trainer) and self._is_finite(trainer):
+            waiting = self.interrupted.with_suffix(".ckpt.new")
+            trainer.save_checkpoint(waiting)
+            if trainer.is_global_zero:
+                _put_in_place(waiting, self.interrupted)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -258,23 +293,41 @@ class EpochCheckpoint(Checkpoint):
         waiting = self.interrupted.with_suffix(".ckpt.new")
         if not trainer.global_step:
             return
-        if isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(waiting)  # All processes are here.
+        if isinstance(exception, SIGTERMException):  # All processes are here.
+            if not self._is_finite(trainer):
+                return
+            trainer.save_checkpoint(waiting)
         elif isinstance(exception, KeyboardInterrupt):
             # No collective here: other processes may be in the middle of a step.
             state = trainer._checkpoint_connector.dump_checkpoint()
+            if find_not_finite(trained_state(trainer)) is not None:
+                return
             trainer.strategy.save_checkpoint(state, waiting)
         else:
             return
         if trainer.is_global_zero:
             _put_in_place(waiting, self.interrupted)
 
-    def _save(self, trainer: Trainer, epoch: int) -> None:
+    def _save(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        if not self._is_finite(trainer):
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"{self.name}-ep={epoch}.ckpt"
         waiting = final.with_suffix(".ckpt.new")
         trainer.save_checkpoint(waiting)
-        self.waiting, self.saved_at = (waiting, final), trainer.global_step
+        self.waiting = waiting, final
+
+    def _is_finite(self, trainer: Trainer) -> bool:
+        """Whether the first process, which writes, has finite tensors alone. Warns if not."""
+        bad: str | None = find_not_finite(trained_state(trainer))
+        bad = trainer.strategy.broadcast(bad)  # All save, or none: saving communicates.
+        if bad is not None and trainer.is_global_zero:
+            warnings.warn(
+                f"{self.name}: '{bad}' is not finite after step {trainer.global_step}: no "
+                "checkpoint is written, and the last one is kept",
+                stacklevel=2,
+            )
+        return bad is None
 
     def _commit(self, trainer: Trainer) -> None:
         if self.waiting is None:
@@ -291,6 +344,17 @@ class EpochCheckpoint(Checkpoint):
             for path in epoch_checkpoints(self.folder, self.name):
                 if path != final:
                     path.unlink()
+
+
+def trained_state(trainer: Trainer) -> dict[str, Any]:
+    """The tensors that training changes: the model's, and the optimiser's by parameter."""
+    optimizers = [each.state_dict()["state"] for each in trainer.optimizers]
+    return {**trainer.lightning_module.state_dict(), "optimizer_states": optimizers}
+
+
+def is_whole_epoch(trainer: Trainer) -> bool:
+    """Whether the newest epoch has had all its batches."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def _put_in_place(waiting: Path, final: Path) -> None:

@@ -23,6 +23,7 @@ from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import build_backbone
 from grap_solo.training.blocks import validate
 from grap_solo.training.schema import schema_of
+from grap_solo.training.trainer import check_arguments
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
 
 LARGEST_HELD_OUT = 0.5
@@ -64,6 +65,7 @@ def prepare(source: DictConfig) -> DictConfig:
         cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
     method.check_config(cfg)
     _check_together(cfg)
+    check_arguments(cfg)
     _check_backbone(cfg)
     _check_optimizer_kwargs(cfg)
     _check_weighting(cfg, rule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import sys
@@ -17,11 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    Callback,
-    LearningRateMonitor,
-)
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -37,7 +32,7 @@ from grap_solo.data import (
     split_labels,
     stop_workers,
 )
-from grap_solo.errors import ConfigError
+from grap_solo.errors import ConfigError, Diverged, RunStopped
 from grap_solo.methods import CompositeMethod, find_method
 from grap_solo.records.files import (
     ARGS_FILE,
@@ -53,8 +48,6 @@ from grap_solo.records.files import (
 from grap_solo.report.plots import plot_weights
 from grap_solo.solo import describe_base
 from grap_solo.training.checkpoints import (
-    EpochCheckpoint,
-    EpochSeed,
     Start,
     check_same_weighting,
     epoch_checkpoints,
@@ -63,19 +56,15 @@ from grap_solo.training.checkpoints import (
     resolve_source,
 )
 from grap_solo.training.config import images_per_step, missing_labels, prepare, run_dir, terms_of
-from grap_solo.training.loggers import (
-    ResumableCSVLogger,
-    WeightsProgressBar,
-    is_first_process,
-    wandb_logger,
-    wandb_run,
-)
+from grap_solo.training.loggers import is_first_process, wandb_run
 from grap_solo.training.signals import (
     AGAIN,
     TERMINATED,
     end_after_step_on_sigterm,
     explain_machine_failure,
 )
+from grap_solo.training.trainer import key_that_ended, make_trainer
+from grap_solo.training.trials import folder_of_trial, set_trial_aside
 from grap_solo.weighting import find_weighting
 
 
@@ -84,7 +73,7 @@ class Run:
     """A finished run.
 
     Attributes:
-        directory: the folder of its files.
+        directory: the folder of its files. That of a trial run (``fast_dev_run``) is gone.
         model: the trained method, in eval mode.
         cfg: the prepared configuration from which the method was built.
         accuracy: the online probe's last top-1 on the validation set, in percent; None without
@@ -106,18 +95,29 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     checkpoint. On a CPU it then ends with the same numbers, to the bit, as an uninterrupted run:
     random numbers depend only on the seed, the epoch and the image.
 
+    A run is finished when all its epochs are trained, or when one of ``callbacks`` has ended it.
+    With ``fast_dev_run`` it leaves nothing.
+
     Args:
         source: a composed configuration with solo-learn's keys.
         callbacks: Lightning callbacks to add to those of every run.
 
     Raises:
         ConfigError: a key that cannot be used, or a run folder that is taken.
+        RunStopped: the run is not finished: ``max_time`` or ``max_steps`` has ended it, too many
+            steps in a row were not finite, or none of the last epoch was.
         KeyboardInterrupt: Ctrl-C. It leaves a checkpoint of that moment, ``<name>-interrupted``.
         SystemExit: SIGTERM. It leaves the same checkpoint, of the end of the current step.
     """
     cfg = prepare(source)
+    with folder_of_trial(cfg):
+        return _pretrain(source, cfg, callbacks)
+
+
+def _pretrain(source: DictConfig, cfg: DictConfig, callbacks: Sequence[Callback]) -> Run:
+    """Trains into the run's folder. See :func:`pretrain`."""
     directory = run_dir(cfg)
-    start = find_start(source, cfg, directory)
+    start = Start() if set_trial_aside(source, cfg) else find_start(source, cfg, directory)
     _quiet()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -130,7 +130,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     _make_run_folder(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
-    trainer = _trainer(cfg, directory, callbacks, start)
+    trainer = make_trainer(cfg, directory, callbacks, start)
     end_after_step_on_sigterm(trainer)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
@@ -141,6 +141,8 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         print(f"{cfg.name}: {cfg.method}, {base}, files in {directory}{resumed}", flush=True)
     began = time.monotonic()
     _fit(trainer, model, (train_loader, val_loader), cfg, start)
+    if not cfg.get("fast_dev_run"):
+        _check_finished(trainer, model, cfg, start)
     accuracy = trainer.callback_metrics.get("val_acc1")
     # A run that was killed after its last checkpoint has no epoch left to validate.
     online = start.online if accuracy is None else accuracy.item()
@@ -174,10 +176,44 @@ def _fit(
                 stopped = f"{cfg.name}: stopped after step {trainer.global_step}"
                 print(f"{stopped}: {advice}", file=sys.stderr)
             raise (SystemExit(TERMINATED) if terminated else KeyboardInterrupt) from None
+        except Diverged as error:
+            raise Diverged(f"{error}{_newest(cfg)}") from None
+        except ConfigError:
+            raise
+        except (MisconfigurationException, ValueError) as error:
+            line = str(error).strip().partition("\n")[0]
+            if isinstance(error, ValueError) and "`val_check_interval`" not in line:
+                raise
+            raise ConfigError(f"trainer: {line}") from None
         except (OSError, RuntimeError) as error:
             raise explain_machine_failure(error, directory) from error
         finally:
             stop_workers()  # Lightning ends the workers of its own kind of loader only.
+
+
+def _check_finished(
+    trainer: pl.Trainer, model: CompositeMethod, cfg: DictConfig, start: Start
+) -> None:
+    """Raises a :class:`~grap_solo.errors.RunStopped` if a run is not finished."""
+    key, step = key_that_ended(trainer, cfg.max_epochs), trainer.global_step
+    if key is not None:
+        saved = epoch_checkpoints(run_dir(cfg) / CHECKPOINTS_FOLDER, cfg.name)
+        again = AGAIN if saved else "start it again"
+        raise RunStopped(
+            f"{key}: {cfg.name} stopped after step {step}, before its {cfg.max_epochs} epochs were "
+            f"over, and is not finished: {again}; {key} may then be larger, or left out"
+        )
+    if step > start.steps and not model.usable_in_epoch:
+        raise Diverged(
+            f"{cfg.name}: no step of the last epoch was finite, so the run is not finished: try a "
+            f"lower optimizer.lr, or precision 32-true{_newest(cfg)}"
+        )
+
+
+def _newest(cfg: DictConfig) -> str:
+    """Names a run's newest checkpoint, if there is one."""
+    saved = epoch_checkpoints(run_dir(cfg) / CHECKPOINTS_FOLDER, cfg.name)
+    return f"; {saved[0]} is from before" if saved else ""
 
 
 def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
@@ -221,49 +257,6 @@ def _make_run_folder(directory: Path) -> None:
             path.unlink()
 
 
-def _trainer(
-    cfg: DictConfig, directory: Path, further: Sequence[Callback], start: Start
-) -> pl.Trainer:
-    """Makes a Trainer from the configuration's keys that are arguments of it."""
-    callbacks: list[Callback] = [EpochSeed(cfg.seed), *further]
-    if cfg.get("enable_progress_bar", True):
-        # Without a terminal, lines cannot be overwritten: print one for each epoch.
-        refresh = 1 if sys.stdout.isatty() else sys.maxsize
-        callbacks.append(WeightsProgressBar(refresh_rate=refresh, leave=True))
-    if cfg.checkpoint.enabled:
-        callbacks.append(
-            EpochCheckpoint(
-                directory / CHECKPOINTS_FOLDER,
-                cfg.name,
-                cfg.checkpoint.frequency,
-                cfg.checkpoint.keep_prev,
-                start,
-            )
-        )
-    loggers: list[Logger] = [ResumableCSVLogger(directory, start.steps)]
-    if cfg.wandb.enabled:
-        wandb = wandb_logger(cfg, directory)
-        if wandb is not None:
-            loggers.append(wandb)
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
-
-    valid = inspect.signature(pl.Trainer.__init__).parameters
-    container: Any = OmegaConf.to_container(cfg, resolve=True)
-    kwargs = {name: value for name, value in container.items() if name in valid}
-    kwargs.update(
-        logger=loggers,
-        callbacks=callbacks,
-        default_root_dir=str(directory),
-        enable_checkpointing=cfg.checkpoint.enabled,
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # The loaders have their own samplers.
-    )
-    try:
-        return pl.Trainer(**kwargs)
-    except (MisconfigurationException, TypeError, ValueError) as error:
-        raise ConfigError(f"trainer: {error}".splitlines()[0]) from None
-
-
 def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None:
     """Writes ``config.yaml``, to train from again, and ``args.json`` for solo-learn's scripts."""
     with whole_file(directory / CONFIG_FILE) as file:
@@ -280,9 +273,15 @@ def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:
         what: the name of the comparison, for the errors.
 
     Raises:
-        ConfigError: no labelled validation images, several devices, or what ``prepare`` refuses.
+        ConfigError: no labelled validation images, several devices, a trial run, or what
+            ``prepare`` refuses.
     """
     cfg = prepare(source)
+    if cfg.get("fast_dev_run"):
+        raise ConfigError(
+            f"fast_dev_run: {what} needs the files of its runs, and a trial run keeps none: leave "
+            "it out, or set max_epochs=1"
+        )
     if no_validation(cfg):
         raise ConfigError(
             f"data.val_path: {what} compares accuracies on labelled validation images: give some, "

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import all4one_config, image_batch
+from helpers import all4one_config, image_batch, take_step
 from omegaconf import OmegaConf
 
 from grap_solo.methods import GrapAll4One
@@ -36,7 +36,7 @@ def step_gradients(model, batch):
     """The gradients of one step, by parameter name; the model's state is left as it was."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.zero_grad()
-    model.training_step(batch, 0).backward()
+    take_step(model, batch)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.load_state_dict(state)
     return gradients
@@ -51,7 +51,7 @@ def test_a_grap_step_is_algorithm_1_on_the_real_terms(joined, separate, shared_h
     model = build(method_kwargs=kwargs, weighting=weighting)
     # Weights off the start, and a queue and a momentum network that have seen something.
     for seed in range(2):
-        model.training_step(doubled(image_batch(seed=seed)), 0)
+        take_step(model, doubled(image_batch(seed=seed)))
     model.weighting.weights.copy_(torch.linspace(0.5, 2.0, len(model.weighting.terms)))
     batch = doubled(image_batch(seed=9))
     actual = step_gradients(model, batch)
@@ -104,7 +104,7 @@ def test_joined_feature_is_the_mean_of_the_two_and_the_default_total_is_unchange
     for model in (separate, joined):
         logged = {}
         model.log_dict = lambda metrics, logged=logged, **kwargs: logged.update(metrics)
-        model.training_step(doubled(image_batch(seed=1)), 0)
+        take_step(model, doubled(image_batch(seed=1)))
         totals.append((logged["train_comb_loss"], logged["train_feature_loss"]))
         steps.append(logged)
     torch.testing.assert_close(totals[0], totals[1])
@@ -120,7 +120,7 @@ def test_the_terms_against_an_independent_reference():
     logged = {}
     model.log_dict = lambda metrics, **kwargs: logged.update(metrics)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    model.training_step([index, views, labels], 0)
+    take_step(model, [index, views, labels])
     model.load_state_dict(state)
     z = [model.projector(model.backbone(x)) for x in views]
     targets = [

@@ -19,6 +19,7 @@ from helpers import (
     method_config,
     method_digits,
     method_over,
+    take_step,
 )
 from omegaconf import OmegaConf
 
@@ -90,13 +91,13 @@ def test_a_grap_step_is_algorithm_1_on_the_real_terms(name, separate, shared_hea
     block = {"name": "grap", "shared_heads": shared_heads}
     model = build(name, method_kwargs={"separate_projectors": separate}, weighting=block)
     for seed in range(2):
-        model.training_step(doubled(seed), 0)
+        take_step(model, doubled(seed))
     terms = model.weighting.terms
     model.weighting.weights.copy_(torch.linspace(0.5, 2.0, len(terms)))
     batch = doubled(9)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.zero_grad()
-    model.training_step(batch, 0).backward()
+    take_step(model, batch)
     actual = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     weights = dict(zip(terms, model.effective_weights))
     model.load_state_dict(state)
@@ -158,8 +159,7 @@ def test_every_rule_trains_every_method(name, rule):
     before = {n: p.clone() for n, p in model.named_parameters()}
     for seed in range(3):
         optimizer.zero_grad()
-        loss = model.training_step(doubled(seed), 0)
-        loss.backward()
+        loss = take_step(model, doubled(seed))
         optimizer.step()
         model.update_weighting_after_step()
         assert loss.isfinite() and model.effective_weights.isfinite().all()

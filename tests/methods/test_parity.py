@@ -5,7 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import METHOD_KWARGS, image_batch, method_config, method_over
+from helpers import METHOD_KWARGS, image_batch, method_config, method_over, take_step
 
 pytestmark = [
     pytest.mark.solo_learn,
@@ -66,14 +66,13 @@ def test_loss_and_every_gradient_are_solo_learns(method, name, dataset, size, or
         index, views, labels = image_batch(size, seed=seed, classes=classes)
         for model in (theirs, ours):
             torch.manual_seed(seed)
-            model.training_step([index, views, labels], 0)
+            take_step(model, [index, views, labels])
     index, views, labels = image_batch(size, seed=3, classes=classes)
     losses = []
     for model in (theirs, ours):
         torch.manual_seed(7)  # The transformer's dropout.
         model.zero_grad()
-        loss = model.training_step([index, views[::order], labels], 0)
-        loss.backward()
+        loss = take_step(model, [index, views[::order], labels])
         losses.append(loss.detach())
     assert_close(losses[1], losses[0], 1e-5, "loss")
     expected = dict(theirs.named_parameters())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import QUIET, all4one_config, digits, image_batch, rows_of
+from helpers import QUIET, all4one_config, digits, image_batch, rows_of, take_step
 from omegaconf import OmegaConf
 
 from grap_solo import ConfigError
@@ -201,7 +201,7 @@ def test_the_diagnostics_are_the_cosines_of_the_gradients(tmp_path):
 
     model.balance = kept
     indexes, views, labels = image_batch()
-    model.training_step([indexes, [each.double() for each in views], labels], 0)
+    take_step(model, [indexes, [each.double() for each in views], labels])
     (step,) = steps
     vectors = [torch.cat([each.flatten() for each in row]) for row in step.gradients]
     found = model.diagnostics

@@ -5,7 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import quiet_digits
+from helpers import quiet_digits, take_step
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 from torch.nn import functional as F
@@ -162,6 +162,7 @@ def test_accumulated_gradients_are_the_mean_of_the_steps(tmp_path):
     model.zero_grad()
     for number, batch in enumerate(batches):
         (model.training_step(batch, number) / 2).backward()
+        model.on_after_backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same(watch.gradients[0], expected)
 
@@ -204,7 +205,7 @@ def test_a_step_waits_for_the_device_once(rule):
     optimizer, batch = model.configure_optimizers(), batch_of(model)
 
     def step():
-        model.training_step(batch, 1).backward()
+        take_step(model, batch, 1)
         optimizer.step()
         for pair in model.momentum_pairs:
             model.momentum_updater.update(*pair)
