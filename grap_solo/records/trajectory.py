@@ -34,7 +34,7 @@ class _Table:
         self.waiting: list[tuple[int, int, Tensor]] = []
         rows: list[list[str]] = []
         if kept and path.exists():
-            with path.open(newline="") as lines:
+            with path.open(newline="", encoding="utf-8") as lines:
                 whole = (row for row in list(csv.reader(lines))[1:] if len(row) == 2 + len(columns))
                 rows = [row for row in whole if int(row[0]) <= kept]
         with whole_file(path) as file:  # Killed here, the earlier rows are still there.
@@ -52,7 +52,7 @@ class _Table:
         if not self.waiting:
             return
         numbers = torch.stack([row[2] for row in self.waiting]).double().cpu().tolist()
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             for (step, epoch, _), values in zip(self.waiting, numbers, strict=True):
                 texts = [last[int(values.pop())]] if last else []

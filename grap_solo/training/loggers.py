@@ -105,7 +105,7 @@ class ResumableCSVLogger(CSVLogger):
         path = self.copy if self.copy.exists() else folder / METRICS_FILE
         rows: list[dict[str, str]] = []
         if steps and path.exists():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
         self.earlier = rows
 
