@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,13 +39,14 @@ class Parser(argparse.ArgumentParser):
         """
         if self.get_default("verbatim"):
             return self.parse_args(list(arguments))
-        overrides = [each for each in arguments if _is_override(each)]
-        rest = [each for each in arguments if not _is_override(each)]
-        takes_overrides = self.get_default("overrides") is not None
-        if takes_overrides:
-            for each in rest:
-                self._refuse_dashes(each)
-        given = self.parse_intermixed_args(rest if takes_overrides else list(arguments))
+        if self.get_default("overrides") is None:
+            return self.parse_intermixed_args(list(arguments))
+        folders = any(not action.option_strings for action in self._actions)
+        overrides = [each for each in arguments if _is_override(each, folders)]
+        rest = [each for each in arguments if not _is_override(each, folders)]
+        for each in rest:
+            self._refuse_dashes(each)
+        given = self.parse_intermixed_args(rest)
         given.overrides, given.flags = overrides, rest
         return given
 
@@ -58,14 +60,33 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown flag '{flag}': {f'did you mean {near[0]}?' if near else key}")
 
     def error(self, message: str) -> NoReturn:
+        if "arguments are required: DIRECTORY" in message:
+            message += ": write ./NAME=VALUE for a folder with an equals sign"
         raise ConfigError(f"{self.prog.removeprefix('grap-solo ')}: {message}")
 
 
-def _is_override(argument: str) -> bool:
-    """Whether an argument is one of hydra's overrides: ``key=value`` or ``~key``."""
-    if argument.startswith("-"):
+KEY = re.compile(r"(\+{0,2}|~)[\w.@:/$-]+")
+"""A key of hydra's, with its sign."""
+
+
+def _is_override(argument: str, folders: bool) -> bool:
+    """Whether an argument is one of hydra's overrides: ``key=value`` or ``~key``.
+
+    Args:
+        argument: as given.
+        folders: whether the command also takes folders, whose names may have an equals sign.
+    """
+    key, equals, _ = argument.partition("=")
+    if argument.startswith("-") or os.path.isdir(argument):
         return False
-    return ("=" in argument or argument.startswith("~")) and not os.path.isdir(argument)
+    if folders and (key.startswith(("/", "./", "../", "~/", "$")) or _has_folder(key)):
+        return False
+    return argument.startswith("~") or bool(equals and (not folders or KEY.fullmatch(key)))
+
+
+def _has_folder(key: str) -> bool:
+    """Whether a text is a path into a folder that is there."""
+    return "/" in key and os.path.isdir(os.path.dirname(key))
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:

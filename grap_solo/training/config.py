@@ -205,7 +205,13 @@ def _fill_in(cfg: DictConfig, filled: dict[str, Any]) -> None:
 
 
 def _check_together(cfg: DictConfig) -> None:
-    """Refuses keys that do not fit each other."""
+    """Refuses keys that do not fit each other, or the folders and loggers of a run."""
+    for mark in ("::", "://"):  # Lightning takes them for an address of remote files.
+        if mark in cfg.checkpoint.dir or mark in cfg.name:
+            raise ConfigError(
+                f"checkpoint.dir: '{cfg.checkpoint.dir}' with name '{cfg.name}' has a '{mark}': "
+                "give a folder of this machine without it"
+            )
     if cfg.performance.compile and cfg.diagnostics.parameter_space_every:
         raise ConfigError(
             "performance.compile: diagnostics.parameter_space_every needs several backward passes "
