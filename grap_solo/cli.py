@@ -177,8 +177,12 @@ def _report(given: argparse.Namespace) -> None:
 
 def _bench(given: argparse.Namespace) -> None:
     from grap_solo.experiments.bench import bench_step, bench_terms, table_of_ratios
-    from grap_solo.records.files import write_json
+    from grap_solo.records.files import make_folder, write_json
 
+    if given.json is not None:
+        make_folder(given.json.parent, "--json")
+        if given.json.is_dir():
+            raise ConfigError(f"--json: {given.json} is a folder: give a file")
     if given.what == "terms":
         found = bench_terms(batch_size=given.batch, rounds=given.rounds)
     else:
