@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         flag, equals, _ = argument.partition("=")
         if not flag.startswith("--") or not equals or flag in self._option_string_actions:
             return
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.85)
         key = f"a key of the configuration has no dashes: write {argument.lstrip('-')}"
         self.error(f"unknown flag '{flag}': {f'did you mean {near[0]}?' if near else key}")
 
@@ -77,11 +77,11 @@ def _is_override(argument: str, folders: bool) -> bool:
         folders: whether the command also takes folders, whose names may have an equals sign.
     """
     key, equals, _ = argument.partition("=")
-    if argument.startswith("-") or os.path.isdir(argument):
+    if key.startswith(("-", "/", "./", "../", "~/", "$")) or os.path.isdir(argument):
         return False
-    if folders and (key.startswith(("/", "./", "../", "~/", "$")) or _has_folder(key)):
+    if folders and (_has_folder(key) or not KEY.fullmatch(key)):
         return False
-    return argument.startswith("~") or bool(equals and (not folders or KEY.fullmatch(key)))
+    return bool(equals) or argument.startswith("~")
 
 
 def _has_folder(key: str) -> bool:
