@@ -6,13 +6,15 @@ Nothing slow is imported here, so that help and refusals answer at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.records.files import CONFIG_FILE
+from grap_solo.records.files import CONFIG_FILE, expand_path
 
 # What flags accept. The modules that use these names take seconds to import; a test compares both.
 SAMPLER_NAMES = ("tpe", "random")
@@ -37,22 +39,54 @@ class Parser(argparse.ArgumentParser):
         """
         if self.get_default("verbatim"):
             return self.parse_args(list(arguments))
-        overrides = [each for each in arguments if _is_override(each)]
-        rest = [each for each in arguments if not _is_override(each)]
-        takes_overrides = self.get_default("overrides") is not None
-        given = self.parse_intermixed_args(rest if takes_overrides else list(arguments))
+        if self.get_default("overrides") is None:
+            return self.parse_intermixed_args(list(arguments))
+        folders = any(not action.option_strings for action in self._actions)
+        overrides = [each for each in arguments if _is_override(each, folders)]
+        rest = [each for each in arguments if not _is_override(each, folders)]
+        for each in rest:
+            self._refuse_dashes(each)
+        given = self.parse_intermixed_args(rest)
         given.overrides, given.flags = overrides, rest
         return given
 
+    def _refuse_dashes(self, argument: str) -> None:
+        """Refuses ``--key=value``: a configuration's keys have no dashes."""
+        flag, equals, _ = argument.partition("=")
+        if not flag.startswith("--") or not equals or flag in self._option_string_actions:
+            return
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.85)
+        key = f"a key of the configuration has no dashes: write {argument.lstrip('-')}"
+        self.error(f"unknown flag '{flag}': {f'did you mean {near[0]}?' if near else key}")
+
     def error(self, message: str) -> NoReturn:
+        if "arguments are required: DIRECTORY" in message:
+            message += ": write ./NAME=VALUE for a folder with an equals sign"
         raise ConfigError(f"{self.prog.removeprefix('grap-solo ')}: {message}")
 
 
-def _is_override(argument: str) -> bool:
-    """Whether an argument is one of hydra's overrides: ``key=value`` or ``~key``."""
-    if argument.startswith("-"):
+KEY = re.compile(r"(\+{0,2}|~)[\w.@:/$-]+")
+"""A key of hydra's, with its sign."""
+
+
+def _is_override(argument: str, folders: bool) -> bool:
+    """Whether an argument is one of hydra's overrides: ``key=value`` or ``~key``.
+
+    Args:
+        argument: as given.
+        folders: whether the command also takes folders, whose names may have an equals sign.
+    """
+    key, equals, _ = argument.partition("=")
+    if key.startswith(("-", "/", "./", "../", "~/", "$")) or os.path.isdir(argument):
         return False
-    return ("=" in argument or argument.startswith("~")) and not os.path.isdir(argument)
+    if folders and (_has_folder(key) or not KEY.fullmatch(key)):
+        return False
+    return bool(equals) or argument.startswith("~")
+
+
+def _has_folder(key: str) -> bool:
+    """Whether a text is a path into a folder that is there."""
+    return "/" in key and os.path.isdir(os.path.dirname(key))
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -148,7 +182,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "[--sampler tpe|random]\n           [--pruner none|median] [--seed N] [key=value ...]",
     )
     search.add_argument(
-        "directory", type=Path, metavar="DIRECTORY", help="the folder for the study and its runs"
+        "directory", type=_path, metavar="DIRECTORY", help="the folder for the study and its runs"
     )
     _add_config_flags(search)
     search.add_argument(
@@ -207,7 +241,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         help="a run's folder, or one that holds runs, such as a comparison's",
     )  # fmt: skip
     report.add_argument(
-        "--output", type=Path, metavar="DIR",
+        "--output", type=_path, metavar="DIR",
         help="the folder to write to (default: report in the first FOLDER)",
     )  # fmt: skip
 
@@ -229,7 +263,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "grap-solo run main_pretrain.py --config-path scripts/pretrain/cifar --config-name NAME",
         verbatim=True,
     )
-    script.add_argument("script", nargs="?", type=Path, metavar="SCRIPT", help="the script's file")
+    script.add_argument("script", nargs="?", type=_path, metavar="SCRIPT", help="the script's file")
     script.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="the script's own arguments, passed on as given"
     )
@@ -238,7 +272,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 def _add_config_flags(parser: Parser, required: bool = True) -> None:
     parser.add_argument(
-        "--config-path", "-cp", type=Path, required=required, metavar="DIR",
+        "--config-path", "-cp", type=_path, required=required, metavar="DIR",
         help="the folder of the configuration file",
     )  # fmt: skip
     parser.add_argument(
@@ -251,26 +285,36 @@ def _add_pretrain(parser: Parser) -> None:
     """Adds hydra's flags, which hydra then parses again."""
     _add_config_flags(parser, required=False)
 
-    def flag(*names: str, text: str, **options: Any) -> None:
-        parser.add_argument(*names, help=text, **options)
+    def flag(*names: str, text: str, to: Any = parser, **options: Any) -> None:
+        to.add_argument(*names, help=text, **options)
 
-    flag("--config-dir", "-cd", type=Path, metavar="DIR", text="also look for files in this folder")
-    flag("--multirun", "-m", action="store_true", text="train once for each combination of values")
-    flag("--run", "-r", action="store_true", text="train once (the default)")
     flag(
-        "--cfg", "-c", choices=("job", "hydra", "all"),
+        "--config-dir", "-cd", type=_path, metavar="DIR",
+        text="also look for files in this folder",
+    )  # fmt: skip
+    what: Any = parser.add_mutually_exclusive_group()
+    flag(
+        "--multirun", "-m", action="store_true", to=what,
+        text="train once for each combination of values",
+    )  # fmt: skip
+    flag("--run", "-r", action="store_true", text="train once (the default)", to=what)
+    flag(
+        "--cfg", "-c", choices=("job", "hydra", "all"), to=what,
         text="print the configuration instead of training",
     )  # fmt: skip
     flag("--resolve", action="store_true", text="resolve the interpolations that --cfg prints")
     flag("--package", "-p", metavar="KEY", text="print this part of the configuration with --cfg")
     flag(
-        "--info", "-i", nargs="?", const="all",
+        "--info", "-i", nargs="?", const="all", to=what,
         choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
         text="print what hydra knows instead of training",
     )  # fmt: skip
     flag("--hydra-help", action="store_true", text="print hydra's own help")
     flag("--version", action="store_true", text="print hydra's version")
-    flag("--shell-completion", "-sc", action="store_true", text="install hydra's shell completion")
+    flag(
+        "--shell-completion", "-sc", action="store_true", to=what,
+        text="install hydra's shell completion",
+    )  # fmt: skip
     flag("--experimental-rerun", metavar="FILE", text="train again from a job that hydra pickled")
 
 
@@ -306,7 +350,7 @@ def _add_bench(parser: Parser) -> None:
         "installed ones but grap_compiled, which needs a C++ compiler)",
     )  # fmt: skip
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the measurements to this file"
+        "--json", type=_path, metavar="FILE", help="also write the measurements to this file"
     )
 
 
@@ -326,21 +370,30 @@ def _at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(expand_path(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _run_folder(text: str) -> Path:
-    file = Path(text) / CONFIG_FILE
+    folder = _path(text)
+    file = folder / CONFIG_FILE
     if not os.path.isfile(file):
         raise argparse.ArgumentTypeError(
             f"{file}: no such file: give the folder of a run that has been trained"
         )
-    return Path(text)
+    return folder
 
 
 def _folder_of_runs(text: str) -> Path:
-    if not os.path.isdir(text):
+    folder = _path(text)
+    if not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(
-            f"{text}: no such folder: give that of a run, or one that holds runs"
+            f"{folder}: no such folder: give that of a run, or one that holds runs"
         )
-    return Path(text)
+    return folder
 
 
 def _contender(text: str) -> str:

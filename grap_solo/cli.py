@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grap_solo.arguments import build_parser
-from grap_solo.errors import ConfigError, refusal
+from grap_solo.errors import ConfigError, is_machine_failure, refusal
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,7 +57,7 @@ def unknown_command(name: str, commands: Iterable[str]) -> ConfigError:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether an error says what is wrong with the input, so that its text is enough."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError) or is_machine_failure(error):
         return True
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -98,6 +98,11 @@ def _pretrain(given: argparse.Namespace) -> None:
     folders = {flag: folder for flag, folder in folders.items() if folder is not None}
     for flag, folder in folders.items():
         _check_folder(flag, folder)
+    job = given.experimental_rerun
+    if job is not None and not os.path.isfile(job):
+        raise ConfigError(f"pretrain: --experimental-rerun: no such file '{job}'")
+    if given.resolve and given.cfg is None:
+        raise ConfigError("pretrain: --resolve goes with --cfg: add --cfg job")
     name = given.config_name
     # Hydra also looks in configs/, where every file lies in a folder of its own.
     if name is not None and "/" not in name and given.config_path is not None:
@@ -105,10 +110,15 @@ def _pretrain(given: argparse.Namespace) -> None:
         if not any(os.path.isfile(folder / file) for folder in folders.values()):
             _config_file(given)
 
+    from grap_solo.compose import not_utf8, readable_overrides
     from grap_solo.experiments.launch import launch
 
     absolute = [f"{flag}={folder.resolve()}" for flag, folder in folders.items()]
-    launch([*given.flags, *absolute, *given.overrides])  # The last of two equal flags counts.
+    overrides = readable_overrides(given.overrides)
+    try:
+        launch([*given.flags, *absolute, *overrides])  # The last of two equal flags counts.
+    except UnicodeDecodeError as error:
+        raise not_utf8(error, folders.values()) from None
 
 
 def _retrain(given: argparse.Namespace) -> None:
@@ -176,8 +186,12 @@ def _report(given: argparse.Namespace) -> None:
 
 def _bench(given: argparse.Namespace) -> None:
     from grap_solo.experiments.bench import bench_step, bench_terms, table_of_ratios
-    from grap_solo.records.files import write_json
+    from grap_solo.records.files import make_folder, write_json
 
+    if given.json is not None:
+        make_folder(given.json.parent, "--json")
+        if given.json.is_dir():
+            raise ConfigError(f"--json: {given.json} is a folder: give a file")
     if given.what == "terms":
         found = bench_terms(batch_size=given.batch, rounds=given.rounds)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -18,9 +19,38 @@ class Diverged(RunStopped):
     """A training whose steps are not finite any more."""
 
 
+UNWRITABLE = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EEXIST,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ESTALE,
+    }
+)
+"""Why the system does not let a file be read or written."""
+
+
+def is_machine_failure(error: Exception) -> bool:
+    """Whether the system did not let a file be read or written."""
+    return isinstance(error, OSError) and error.errno in UNWRITABLE
+
+
 def refusal(error: Exception) -> str:
     """The one line that the command line prints for an error."""
-    return f"grap-solo: {' '.join(str(error).split())}"
+    text = str(error)
+    if isinstance(error, OSError):
+        place = "a file" if error.filename is None else error.filename
+        text = f"{place}: cannot be read or written: {error.strerror}"
+    return f"grap-solo: {' '.join(text.split())}"
 
 
 def unknown_name(where: str, name: object, valid: Iterable[str]) -> ConfigError:

@@ -102,7 +102,8 @@ class Key:
         words = self.describe(choices=self.kind is str)
         if isinstance(value, float) and not math.isfinite(value):
             words = words.replace("a ", "a finite ", 1)
-        return ConfigError(f"{where}: expected {words}, got {value!r}")
+        quoting = f": put a text into quotes: \"{where}='...'\"" if self._takes_any_text else ""
+        return ConfigError(f"{where}: expected {words}, got {value!r}{quoting}")
 
     def describe(self, choices: bool = True) -> str:
         """The key's type and range in words, such as ``a whole number of 1 or more``.

@@ -31,7 +31,9 @@ from grap_solo.records.files import (
     RESULT_FILE,
     TRAINED_FILE,
     WEIGHTS_FILE,
+    make_folder,
     only_one,
+    read_config,
     read_json,
     write_json,
 )
@@ -73,7 +75,7 @@ def compare(
     """
     cells = plan(cfg, methods, seeds, definitions or {})
     directory = cells[0].directory.parent
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory, "checkpoint.dir")
     with only_one(directory):
         for cell in cells:
             check_cell(cell)
@@ -106,7 +108,7 @@ def check_cell(cell: Cell) -> None:
     file = cell.directory / CONFIG_FILE
     if not file.exists():
         return
-    theirs: Any = OmegaConf.to_container(OmegaConf.load(file))
+    theirs: Any = OmegaConf.to_container(read_config(file))
     ours: Any = OmegaConf.to_container(cell.cfg, resolve=True)
     if cell.parent is not None:  # The saved file has the parent's weights or backbone.
         for key in ("weighting", "tuned_from", "pretrained_feature_extractor"):
@@ -202,7 +204,7 @@ def _attempt(cell: Cell) -> str | None:
     log, failure = _log(cell), _failure_file(cell)
     try:
         with (
-            log.open("a") as file,
+            log.open("a", encoding="utf-8") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
@@ -258,7 +260,7 @@ def _with_parent(cell: Cell) -> DictConfig:
     if cfg.weighting.name == "supervised":
         cfg.pretrained_feature_extractor = str(newest_checkpoint(cell.parent))
     else:
-        parent = OmegaConf.load(cell.parent / CONFIG_FILE)
+        parent = read_config(cell.parent / CONFIG_FILE)
         warmup = OmegaConf.select(parent, WARMUP, default=0)
         cfg.weighting.weights = median_weights(cell.parent / WEIGHTS_FILE, warmup)
         cfg.tuned_from = {"runs": [str(cell.parent)], "epochs": None, "last": None}
@@ -308,8 +310,7 @@ def _costs(cells: Sequence[Cell], directory: Path) -> dict[str, dict[str, float]
 
 def _prepared(cell: Cell) -> DictConfig:
     """Prepares the configuration of a finished run, to build its model again."""
-    source = OmegaConf.load(cell.directory / CONFIG_FILE)
-    assert isinstance(source, DictConfig)
+    source = read_config(cell.directory / CONFIG_FILE)
     source.pretrained_feature_extractor = None
     cfg = prepare(source)
     cfg.data.num_classes = resolve_num_classes(cfg.data, load_images(cfg.data, train=False))

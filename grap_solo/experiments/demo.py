@@ -16,7 +16,13 @@ from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import Evaluation, device_of, evaluate
 from grap_solo.experiments.retrain import retrain
 from grap_solo.methods import CompositeMethod, find_method
-from grap_solo.records.files import MEDIAN_FILE, PICTURE_FILE, SUMMARY_FILE, WEIGHTS_FILE
+from grap_solo.records.files import (
+    MEDIAN_FILE,
+    PICTURE_FILE,
+    SUMMARY_FILE,
+    WEIGHTS_FILE,
+    make_folder,
+)
 from grap_solo.records.weights import median_weights
 from grap_solo.report.tables import format_number, format_weights, markdown, write_csv, write_text
 from grap_solo.training.run import Run, pretrain
@@ -65,6 +71,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[DemoRow]:
     """
     if not CONFIGS.is_dir():
         raise ConfigError(f"{CONFIGS}: no such folder: run the demo from a clone of the repository")
+    make_folder(directory.parent, "demo")
     if directory.exists():
         aside = next(
             path

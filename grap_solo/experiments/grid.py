@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods import weighted_name
-from grap_solo.training.config import run_dir
+from grap_solo.records.files import check_name, expand_path, read_config
+from grap_solo.training.config import expand_paths, run_dir
 from grap_solo.training.run import prepare_one_of_many
 from grap_solo.weighting import WEIGHTINGS
 
@@ -59,9 +62,9 @@ def plan(
             raise ConfigError(f"seeds: expected whole numbers of 0 or more, got {seed!r}")
     if not isinstance(definitions, Mapping):
         raise ConfigError(f"definitions: expected a block for each name, got {definitions!r}")
+    check_name(str(cfg.name))
     for name in definitions:
-        if "/" in str(name):
-            raise ConfigError(f"definitions: '{name}' becomes part of a file's name: leave out '/'")
+        check_name(str(name), "definitions")
     wanted: dict[str, None] = {}
     for method in methods:
         root, _ = _root(str(method), definitions)
@@ -119,7 +122,8 @@ def _configuration(
             f"definitions.{root}: expected keys of a configuration, got {differs}"
         ) from None
     mine.seed, mine.name = seed, f"{root}-seed{seed}"
-    runs = Path(OmegaConf.select(cfg, "checkpoint.dir", default="runs"))
+    mine = expand_paths(mine)
+    runs = Path(OmegaConf.select(expand_paths(cfg), "checkpoint.dir", default="runs"))
     OmegaConf.update(mine, "checkpoint.dir", str(runs / str(cfg.name)), force_add=True)
     mine.enable_progress_bar = False
     return mine
@@ -154,7 +158,7 @@ def read_grid(
             )
     given = [each for each in overrides if each.lstrip("+").partition("=")[0] in GRID_KEYS]
     others = [each for each in overrides if each not in given]
-    grid: Any = OmegaConf.load(file)
+    grid: Any = read_config(file)
     if "base" not in grid:
         grid, cfg = OmegaConf.create({}), load(file, others)
     else:
@@ -164,11 +168,20 @@ def read_grid(
                 raise unknown_name(str(file), key, valid)
         if not OmegaConf.is_list(grid.get("overrides", OmegaConf.create([]))):
             raise ConfigError(f"{file}: overrides: expected a list, got {grid.overrides!r}")
-        base = file.parent / str(grid.base)
+        base = file.parent / expand_path(str(grid.base))
         if not base.is_file():
             raise ConfigError(f"{file}: base: no such file {base}")
         named = [f"name={grid.name}"] if "name" in grid else []
         cfg = load(base, [*named, *grid.get("overrides", []), *others])
-    keys = OmegaConf.merge(grid, OmegaConf.from_dotlist([each.lstrip("+") for each in given]))
+    keys = OmegaConf.merge(grid, *(_read_grid_key(each.lstrip("+")) for each in given))
     container: Any = OmegaConf.to_container(keys, resolve=True)
     return cfg, {key: container[key] for key in GRID_KEYS if container.get(key) is not None}
+
+
+def _read_grid_key(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (YAMLError, OmegaConfBaseException) as error:
+        key, _, value = override.partition("=")
+        line = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise ConfigError(f"{key}: cannot read {value}: {line}") from None

@@ -11,7 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.errors import ConfigError
 from grap_solo.methods import weighted_name
-from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE, WEIGHTS_FILE
+from grap_solo.records.files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    TRAINED_FILE,
+    WEIGHTS_FILE,
+    read_config,
+)
 from grap_solo.records.weights import pooled_weights
 from grap_solo.training.run import Run, pretrain
 
@@ -93,7 +99,7 @@ def _read_config(run: Path) -> Any:
     file = run / CONFIG_FILE
     if not file.is_file():
         raise ConfigError(f"{file}: no such file: give the folder of a run that has been trained")
-    return OmegaConf.load(file)
+    return read_config(file)
 
 
 def _child(parent: Path, load: Callable[[Path], DictConfig], suffix: str) -> DictConfig:

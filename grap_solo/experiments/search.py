@@ -7,9 +7,13 @@ Hyper-Parameter Optimization", 2012).
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import shutil
+import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from grap_solo.errors import ConfigError, Diverged, unknown_name
 from grap_solo.experiments.search_report import REPORT_FILES, trial_name, write_report
 from grap_solo.methods import weighted_name
-from grap_solo.records.files import MEDIAN_FILE, RESULT_FILE, only_one, write_json
+from grap_solo.records.files import MEDIAN_FILE, RESULT_FILE, make_folder, only_one, write_json
 from grap_solo.records.weights import read_median
 from grap_solo.training.checkpoints import STOPS
-from grap_solo.training.config import run_dir, terms_of
+from grap_solo.training.config import expand_paths, run_dir, terms_of
 from grap_solo.training.run import prepare_one_of_many, pretrain
 
 STUDY_FILE = "study.db"
+UNWRITABLE_DATABASE = ("readonly", "unable to open", "is full", "disk I/O error")
+"""SQLite's words for a file that is whole but cannot be used."""
 
 RANGE = 10.0
 """A weight is searched between its reference divided by this and its reference times this."""
@@ -86,6 +92,7 @@ def search(
     for key, value, least in (("trials", trials, 1), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"{key}: expected a whole number of {least} or more, got {value}")
+    source = expand_paths(source)
     cfg = prepare_one_of_many(source, "a search")
     zero = [term for term, value in terms_of(cfg).items() if value == 0]
     if zero:
@@ -100,7 +107,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
     _claim_directory(directory)
-    with only_one(directory):
+    with only_one(directory), _explained_failures(directory / STUDY_FILE):
         study = _open_study(directory, PRUNERS[pruner](), settings)
         while (done := len(_history(study))) < trials:
             study.sampler = _sampler(sampler, seed, done)
@@ -139,10 +146,7 @@ def _run_config(
 
 def _claim_directory(directory: Path) -> None:
     """Makes the search's folder, and refuses one of anything else: runs in it may be removed."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{directory}: cannot be made: {error.strerror}") from None
+    make_folder(directory, "search")
     names = {path.name for path in directory.iterdir()} - {".lock"}
     if names and STUDY_FILE not in names:
         raise ConfigError(f"{directory}: not empty and not a search: give another folder")
@@ -163,20 +167,18 @@ def _open_study(
     """Opens the directory's study, or makes a new one.
 
     Raises:
-        ConfigError: the study has other settings, or its file is damaged.
+        ConfigError: the study has other settings.
     """
     file = directory / STUDY_FILE
-    try:
-        study = optuna.create_study(
-            storage=f"sqlite:///{file}",
-            study_name="search",
-            direction="maximize",
-            pruner=pruner,
-            load_if_exists=True,
-        )
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        line = str(error).splitlines()[0]
-        raise ConfigError(f"{file}: not a study, or a damaged one: {line}") from None
+    # A URL would take a meaning from some characters of the path.
+    connect = functools.partial(sqlite3.connect, file.absolute(), check_same_thread=False)
+    study = optuna.create_study(
+        storage=optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", {"creator": connect}),
+        study_name="search",
+        direction="maximize",
+        pruner=pruner,
+        load_if_exists=True,
+    )
     if not _history(study):  # No trial yet, so other settings do no harm.
         study.set_user_attr("settings", settings)
     difference = _difference(study.user_attrs.get("settings", {}), settings)
@@ -184,6 +186,28 @@ def _open_study(
         raise ConfigError(f"{directory}: holds a search with {difference}: give another folder")
     _abandon_running(study)
     return study
+
+
+@contextlib.contextmanager
+def _explained_failures(file: Path) -> Iterator[None]:
+    """Turns the failures of the study's file into errors that say what to do.
+
+    Raises:
+        ConfigError: another process uses it, it cannot be written, or it is no study.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, sqlite3.Error):
+            cause = getattr(cause, "orig", None) or cause.__cause__
+        line = (str(cause or error).splitlines() or [type(error).__name__])[0]
+        text = f"not a study, or a damaged one: {line}"
+        if "locked" in line:  # Python 3.10 has no error codes.
+            text = f"another process uses it ({line}): end that process, or wait for it"
+        elif any(words in line for words in UNWRITABLE_DATABASE):
+            text = f"cannot be read or written ({line}): make room, or let the file be written"
+        raise ConfigError(f"{file}: {text}") from None
 
 
 def _difference(old: Any, new: Any, key: str = "") -> str | None:

@@ -19,6 +19,7 @@ from grap_solo.records.files import (
     RESULT_FILE,
     TERMS_FILE,
     WEIGHTS_FILE,
+    read_text,
 )
 from grap_solo.records.tables import read_steps
 from grap_solo.records.weights import read_weights
@@ -152,12 +153,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Reads the keys and values of a JSON or YAML file; empty without the file.
 
     Raises:
-        ConfigError: a damaged file.
+        ConfigError: a damaged file, or one that is not UTF-8.
     """
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         content = None

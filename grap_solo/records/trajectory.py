@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from grap_solo.errors import ConfigError
-from grap_solo.records.files import DIAGNOSTICS_FILE, TERMS_FILE, WEIGHTS_FILE, whole_file
+from grap_solo.records.files import (
+    DIAGNOSTICS_FILE,
+    TERMS_FILE,
+    WEIGHTS_FILE,
+    read_text,
+    whole_file,
+)
 from grap_solo.records.weights import write_median
 from grap_solo.weighting import CAUSES
 
@@ -34,9 +41,9 @@ class _Table:
         self.waiting: list[tuple[int, int, Tensor]] = []
         rows: list[list[str]] = []
         if kept and path.exists():
-            with path.open(newline="") as lines:
-                whole = (row for row in list(csv.reader(lines))[1:] if len(row) == 2 + len(columns))
-                rows = [row for row in whole if int(row[0]) <= kept]
+            lines = csv.reader(io.StringIO(read_text(path)))
+            whole = (row for row in list(lines)[1:] if len(row) == 2 + len(columns))
+            rows = [row for row in whole if int(row[0]) <= kept]
         with whole_file(path) as file:  # Killed here, the earlier rows are still there.
             writer = csv.writer(file)
             writer.writerow(["step", "epoch", *columns])
@@ -52,7 +59,7 @@ class _Table:
         if not self.waiting:
             return
         numbers = torch.stack([row[2] for row in self.waiting]).double().cpu().tolist()
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             for (step, epoch, _), values in zip(self.waiting, numbers, strict=True):
                 texts = [last[int(values.pop())]] if last else []

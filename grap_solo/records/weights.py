@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from grap_solo.errors import ConfigError
-from grap_solo.records.files import MEDIAN_FILE
+from grap_solo.records.files import MEDIAN_FILE, read_text
 from grap_solo.records.tables import read_steps
 
 
@@ -131,20 +131,20 @@ def write_median(path: Path, warmup_epochs: int) -> None:
     if min(block["weights"].values()) < 0 or not any(block["weights"].values()):
         text += "# Not as it stands: fixed weights are 0 or more, and not all 0.\n"
     text += yaml.safe_dump({"weighting": block}, sort_keys=False)
-    (path.parent / MEDIAN_FILE).write_text(text)
+    (path.parent / MEDIAN_FILE).write_text(text, encoding="utf-8")
 
 
 def read_median(path: str | os.PathLike[str]) -> dict[str, float]:
     """Reads the weights in a ``median_weights.yaml``.
 
     Raises:
-        ConfigError: no such file, or one without the block.
+        ConfigError: no such file, one that is not UTF-8, or one without the block.
     """
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such file: give the folder of a run that has been trained")
     try:
         weights: Sequence[Any] | dict[str, float]
-        weights = yaml.safe_load(Path(path).read_text())["weighting"]["weights"]
+        weights = yaml.safe_load(read_text(Path(path)))["weighting"]["weights"]
     except (yaml.YAMLError, KeyError, TypeError):
         raise ConfigError(f"{path}: expected a block 'weighting: weights:'") from None
     if not isinstance(weights, dict):

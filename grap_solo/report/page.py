@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grap_solo.errors import ConfigError
-from grap_solo.records.files import PICTURE_FILE, SUMMARY_FILE
+from grap_solo.records.files import PICTURE_FILE, SUMMARY_FILE, make_folder
 from grap_solo.records.runs import MEASURES, is_run
 from grap_solo.records.weights import format_weight
 from grap_solo.report.groups import Group, Summary, folder_names, read_recorded, to_float
@@ -143,12 +143,7 @@ def _make_output(output: Path) -> None:
             f"{output}: is a run folder, and its {PICTURE_FILE} would be overwritten: "
             "give another folder for the report"
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{output}: cannot be made: {error.strerror}: give another folder"
-        ) from None
+    make_folder(output, "--output")
 
 
 def _render(

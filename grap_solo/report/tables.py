@@ -134,14 +134,14 @@ def write_summary(directory: Path, runs: pd.DataFrame, methods: pd.DataFrame, no
 
 def write_csv(file: Path, rows: Sequence[Sequence[str]]) -> None:
     """Writes rows of texts, the header first, as a CSV file."""
-    with file.open("w", newline="") as lines:
+    with file.open("w", newline="", encoding="utf-8") as lines:
         csv.writer(lines).writerows(rows)
 
 
 def write_text(file: Path, *parts: str) -> str:
     """Writes tables and notes with an empty line between them; returns the file's text."""
     text = "\n\n".join(parts) + "\n"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 from grap_solo.data.sampling import mixed_seed
 from grap_solo.errors import ConfigError, Diverged
 from grap_solo.methods import CompositeMethod
-from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE
+from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE, read_config
 from grap_solo.solo import BaseMomentumMethod
 
 RESUMABLE = ("state_dict", "global_step", "epoch")
@@ -70,7 +71,7 @@ def find_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
         ConfigError: the folder holds a finished run or another one, or the checkpoint to resume
             cannot be used.
     """
-    taken = (directory / CONFIG_FILE).exists()
+    taken = os.path.exists(directory / CONFIG_FILE)  # Also of a path that is too long.
     found: tuple[Path, dict[str, Any]] | None = None
     if cfg.resume_from_checkpoint is not None:
         path = Path(cfg.resume_from_checkpoint)
@@ -150,7 +151,7 @@ def find_not_finite(state: Any, name: str = "") -> str | None:
 
 def different_keys(source: DictConfig, directory: Path) -> list[str]:
     """The first-level keys in which a configuration differs from that of the run in a folder."""
-    theirs: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE))
+    theirs: Any = OmegaConf.to_container(read_config(directory / CONFIG_FILE))
     ours = resolve_source(source)
     keys = {*theirs, *ours}.difference(STOPS)
     return sorted(key for key in keys if theirs.get(key) != ours.get(key))
@@ -208,13 +209,15 @@ def load_backbone(model: CompositeMethod, path: Path) -> None:
 
 
 def epoch_checkpoints(folder: Path, name: str) -> list[Path]:
-    """A run's checkpoints, the newest epoch first."""
+    """A run's checkpoints, the newest epoch first.
 
-    def epoch(path: Path) -> int:
-        number = path.stem.removeprefix(f"{name}-ep=")
-        return int(number) if number.isdigit() else -1
-
-    return sorted((p for p in folder.glob("*.ckpt") if epoch(p) >= 0), key=epoch, reverse=True)
+    Older versions called them ``<name>-ep=<epoch>.ckpt``, as solo-learn does; hydra takes such a
+    name in quotes only.
+    """
+    named = re.compile(re.escape(name) + r"-ep(=?)(\d+)\.ckpt", re.ASCII)
+    found = [(path, named.fullmatch(path.name)) for path in folder.glob("*.ckpt")]
+    epochs = {path: (int(match[2]), not match[1]) for path, match in found if match is not None}
+    return sorted(epochs, key=lambda path: epochs[path], reverse=True)
 
 
 def newest_whole(folder: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
@@ -245,7 +248,7 @@ class EpochCheckpoint(Checkpoint):
 
     Args:
         folder: the checkpoints' folder.
-        name: the run's name: files are ``<name>-ep=<epoch>.ckpt``.
+        name: the run's name: files are ``<name>-ep<epoch>.ckpt``.
         frequency: epochs between two checkpoints.
         keep: whether to keep all checkpoints.
         start: where the run starts.
@@ -312,7 +315,7 @@ class EpochCheckpoint(Checkpoint):
         if not self._is_finite(trainer):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        final = self.folder / f"{self.name}-ep={epoch}.ckpt"
+        final = self.folder / f"{self.name}-ep{epoch}.ckpt"
         waiting = final.with_suffix(".ckpt.new")
         trainer.save_checkpoint(waiting)
         self.waiting = waiting, final

@@ -6,8 +6,11 @@ It takes the place of solo-learn's ``parse_cfg``, with an error of one line for 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from grap_solo.data import count_crops
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.keys import Key, missing_key
 from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name
+from grap_solo.records.files import check_name, expand_path
 from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import build_backbone
 from grap_solo.training.blocks import validate
@@ -27,6 +31,15 @@ from grap_solo.training.trainer import check_arguments
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
 
 LARGEST_HELD_OUT = 0.5
+
+PATH_KEYS = (
+    "data.train_path",
+    "data.val_path",
+    "checkpoint.dir",
+    "resume_from_checkpoint",
+    "pretrained_feature_extractor",
+)
+"""The keys whose values are paths."""
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
@@ -54,7 +67,7 @@ def prepare(source: DictConfig) -> DictConfig:
     Raises:
         ConfigError: names the first key that cannot be used.
     """
-    cfg = OmegaConf.merge(OmegaConf.create({}), source)
+    cfg = OmegaConf.merge(OmegaConf.create({}), expand_paths(source))
     assert isinstance(cfg, DictConfig)
     OmegaConf.set_struct(cfg, False)
     _none_strings(cfg)
@@ -63,6 +76,7 @@ def prepare(source: DictConfig) -> DictConfig:
     _fill_in(cfg, validate(schema_of(method, rule), plain))
     if cfg.get("weighting") is None:
         cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
+    check_name(cfg.name)
     method.check_config(cfg)
     _check_together(cfg)
     check_arguments(cfg)
@@ -80,10 +94,40 @@ def prepare(source: DictConfig) -> DictConfig:
     kwargs = OPTIMIZER_DEFAULTS[cfg.optimizer.name]
     cfg.optimizer.kwargs = OmegaConf.merge(OmegaConf.create(kwargs), cfg.optimizer.kwargs)
     _resolve_devices(cfg)
+    if cfg.performance.compile:
+        _check_compiler(_trains_on_cpu(cfg))
     scale = images_per_step(cfg) / 256
     cfg.optimizer.lr *= scale
     if cfg.data.val_path is not None or cfg.data.dataset == "digits":  # As in solo-learn.
         cfg.optimizer.classifier_lr *= scale
+    return cfg
+
+
+def expand_paths(source: DictConfig) -> DictConfig:
+    """Replaces ``~`` and ``$VARIABLES`` in the values of :data:`PATH_KEYS`.
+
+    A command does this first, so that all that it writes and starts has the same paths.
+
+    Args:
+        source: as composed; it is left unchanged.
+
+    Raises:
+        ConfigError: see :func:`~grap_solo.records.files.expand_path`.
+    """
+    cfg = source
+    for key in PATH_KEYS:
+        block, _, name = key.rpartition(".")
+        node: Any = OmegaConf.select(source, block) if block else source
+        value = node.get(name) if isinstance(node, DictConfig) else None
+        if not isinstance(value, str) or value == "None":
+            continue  # None, or refused with the other values of a wrong type.
+        try:
+            path = expand_path(value)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        if path != value:
+            cfg = copy.deepcopy(source) if cfg is source else cfg
+            OmegaConf.update(cfg, key, path)
     return cfg
 
 
@@ -163,7 +207,13 @@ def _fill_in(cfg: DictConfig, filled: dict[str, Any]) -> None:
 
 
 def _check_together(cfg: DictConfig) -> None:
-    """Refuses keys that do not fit each other."""
+    """Refuses keys that do not fit each other, or the folders and loggers of a run."""
+    for mark in ("::", "://"):  # Lightning takes them for an address of remote files.
+        if mark in cfg.checkpoint.dir or mark in cfg.name:
+            raise ConfigError(
+                f"checkpoint.dir: '{cfg.checkpoint.dir}' with name '{cfg.name}' has a '{mark}': "
+                "give a folder of this machine without it"
+            )
     if cfg.performance.compile and cfg.diagnostics.parameter_space_every:
         raise ConfigError(
             "performance.compile: diagnostics.parameter_space_every needs several backward passes "
@@ -258,6 +308,32 @@ def missing_labels(where: str, rule: str) -> ConfigError:
     )
 
 
+def _trains_on_cpu(cfg: DictConfig) -> bool:
+    available = torch.accelerator.is_available()
+    return bool(cfg.accelerator == "cpu" or (cfg.accelerator == "auto" and not available))
+
+
+def _check_compiler(cpu: bool) -> None:
+    """Refuses to compile without the compiler that torch calls: a C++ compiler for the CPU, and
+    Triton's C compiler for a GPU."""
+    given = os.environ.get("CC")
+    found = any(map(shutil.which, [given] if given else ["gcc", "clang", "cc"]))
+    if cpu:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            found = bool(get_cpp_compiler())
+        except InvalidCxxCompiler:
+            found = False
+    if not found:
+        kind, variable = ("C++", "CXX") if cpu else ("C", "CC")
+        raise ConfigError(
+            f"performance.compile: torch finds no {kind} compiler: install one, set the variable "
+            f"{variable} to it, or leave the key out"
+        )
+
+
 def _resolve_devices(cfg: DictConfig) -> None:
     """Lets a file that was written for GPUs run on the CPU, and a single device without a
     strategy."""
@@ -270,9 +346,7 @@ def _resolve_devices(cfg: DictConfig) -> None:
         raise ConfigError(
             f"devices: expected a number of devices or a list such as [0], got {devices}"
         )
-    cpu = cfg.accelerator == "cpu" or (
-        cfg.accelerator == "auto" and not torch.accelerator.is_available()
-    )
+    cpu = _trains_on_cpu(cfg)
     if cpu:
         cfg.devices = count
     if count * cfg.num_nodes == 1:

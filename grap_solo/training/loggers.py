@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import os
 import secrets
 import sys
@@ -20,7 +21,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.methods import CompositeMethod
-from grap_solo.records.files import METRICS_FILE, WANDB_FILE, read_json, whole_file, write_json
+from grap_solo.records.files import (
+    METRICS_FILE,
+    WANDB_FILE,
+    read_json,
+    read_text,
+    whole_file,
+    write_json,
+)
 from grap_solo.records.weights import format_weight
 
 
@@ -105,8 +113,8 @@ class ResumableCSVLogger(CSVLogger):
         path = self.copy if self.copy.exists() else folder / METRICS_FILE
         rows: list[dict[str, str]] = []
         if steps and path.exists():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
+            table = csv.DictReader(io.StringIO(read_text(path)))
+            rows = [row for row in table if int(row["step"]) < steps]
         self.earlier = rows
 
     @property

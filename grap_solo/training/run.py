@@ -42,6 +42,7 @@ from grap_solo.records.files import (
     PICTURE_FILE,
     TRAINED_FILE,
     WEIGHTS_FILE,
+    make_folder,
     whole_file,
     write_json,
 )
@@ -55,7 +56,14 @@ from grap_solo.training.checkpoints import (
     load_backbone,
     resolve_source,
 )
-from grap_solo.training.config import images_per_step, missing_labels, prepare, run_dir, terms_of
+from grap_solo.training.config import (
+    expand_paths,
+    images_per_step,
+    missing_labels,
+    prepare,
+    run_dir,
+    terms_of,
+)
 from grap_solo.training.loggers import is_first_process, wandb_run
 from grap_solo.training.signals import (
     AGAIN,
@@ -109,6 +117,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
         KeyboardInterrupt: Ctrl-C. It leaves a checkpoint of that moment, ``<name>-interrupted``.
         SystemExit: SIGTERM. It leaves the same checkpoint, of the end of the current step.
     """
+    source = expand_paths(source)
     cfg = prepare(source)
     with folder_of_trial(cfg):
         return _pretrain(source, cfg, callbacks)
@@ -247,11 +256,13 @@ def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
 
 
 def _make_run_folder(directory: Path) -> None:
-    """Makes a run's folders and removes unfinished checkpoints from them."""
-    try:
-        (directory / CHECKPOINTS_FOLDER).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"checkpoint.dir: {directory} cannot be made: {error}") from None
+    """Makes a run's folders and removes unfinished checkpoints from them.
+
+    Raises:
+        ConfigError: they cannot be made, or written to.
+    """
+    for folder in (directory, directory / CHECKPOINTS_FOLDER):
+        make_folder(folder, "checkpoint.dir")
     if is_first_process():
         for path in (directory / CHECKPOINTS_FOLDER).glob("*.ckpt.new"):
             path.unlink()
@@ -262,7 +273,8 @@ def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None
     with whole_file(directory / CONFIG_FILE) as file:
         OmegaConf.save(OmegaConf.create(resolve_source(source)), file)
     arguments = OmegaConf.to_container(cfg, resolve=True)
-    (directory / CHECKPOINTS_FOLDER / ARGS_FILE).write_text(json.dumps(arguments, indent=1))
+    text = json.dumps(arguments, indent=1)
+    (directory / CHECKPOINTS_FOLDER / ARGS_FILE).write_text(text, encoding="utf-8")
 
 
 def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:

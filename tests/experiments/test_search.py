@@ -1,10 +1,12 @@
 """The search over the weights: its files, its exact resumption, and what it refuses."""
 
+import contextlib
 import csv
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,15 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from grap_solo import ConfigError
-from grap_solo.experiments.search import _history, _sampler, search
+from grap_solo.experiments.search import (
+    PRUNERS,
+    _claim_directory,
+    _explained_failures,
+    _history,
+    _open_study,
+    _sampler,
+    search,
+)
 from grap_solo.experiments.search_report import SearchRow, _table
 from grap_solo.methods import GrapAll4One
 
@@ -376,3 +386,38 @@ def test_two_searches_do_not_write_one_folder(done):
         process.stdin.close()
     go_on(done, 2)  # The lock has ended with its process.
     assert times(done) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["a?b", "a#b", "a%20b", "lr=1", "{x}", "[x] é", "a&b;c", ":memory:"]
+)
+def test_a_study_lies_in_its_folder_whatever_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(name), tmp_path / name):  # Relative and absolute.
+        _claim_directory(folder)
+        study = _open_study(folder, PRUNERS["none"](), {"seed": 1})
+        assert study.user_attrs["settings"] == {"seed": 1}
+        assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+        assert [path.name for path in folder.iterdir()] == ["study.db"]
+    study.tell(study.ask(), 1.0)
+    with pytest.raises(ConfigError, match="holds a search with seed 1, not 2"):
+        _open_study(Path(name), PRUNERS["none"](), {"seed": 2})
+
+
+def test_a_study_that_another_process_uses_is_not_damaged(tmp_path):
+    study = _open_study(tmp_path, PRUNERS["none"](), {})
+    file = tmp_path / "study.db"
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigError, match=f"^{file}: another process uses it .*locked"):
+            with _explained_failures(file):
+                study.ask()
+        other.execute("ROLLBACK")
+    study.ask()
+
+
+def test_a_study_that_cannot_be_opened_is_not_damaged(tmp_path):
+    (tmp_path / "study.db").mkdir()
+    with pytest.raises(ConfigError, match="study.db: cannot be read or written .unable to open"):
+        with _explained_failures(tmp_path / "study.db"):
+            _open_study(tmp_path, PRUNERS["none"](), {})

@@ -214,7 +214,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(tmp_path):
     lines = [line for line in printed.splitlines() if line.startswith("grap-solo: ")]
     assert len(lines) == 1 and "cannot be written to" in lines[0], printed[-2000:]
     path, _ = newest_whole(tmp_path / "run" / "checkpoints", "run")
-    assert path.name == "run-ep=0.ckpt"
+    assert path.name == "run-ep0.ckpt"
 
 
 def test_wandb_that_is_not_installed_is_left_out(tmp_path, monkeypatch):

@@ -200,17 +200,17 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         pretrain(configuration(tmp_path, *keep), [killed_at("on_train_batch_start", 3)])
     folder = tmp_path / "run" / "checkpoints"
-    newest = folder / "run-ep=2.ckpt"
+    newest = folder / "run-ep2.ckpt"
     newest.write_bytes(newest.read_bytes()[:1000])
-    (folder / "run-ep=7.ckpt").write_text("foreign")
-    (folder / "run-ep=3.ckpt.new").write_text("cut short")
+    (folder / "run-ep7.ckpt").write_text("foreign")
+    (folder / "run-ep3.ckpt.new").write_text("cut short")
     with pytest.warns(UserWarning) as caught:
         resumed = pretrain(configuration(tmp_path, *keep))
     warned = " ".join(str(each.message) for each in caught)
-    for name in (newest.name, "run-ep=7.ckpt"):
+    for name in (newest.name, "run-ep7.ckpt"):
         assert f"{name} is not a whole checkpoint" in warned
     assert resumed.model.weighting.updates == 18
-    assert not (folder / "run-ep=3.ckpt.new").exists()
+    assert not (folder / "run-ep3.ckpt.new").exists()
 
 
 def test_a_checkpoint_is_moved_into_its_place_when_it_is_whole(tmp_path, monkeypatch):
@@ -227,7 +227,7 @@ def test_a_checkpoint_is_moved_into_its_place_when_it_is_whole(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "replace", recorded)
     pretrain(configuration(tmp_path, "max_epochs=3", "+enable_progress_bar=false"))
-    assert replaced == [(0, [], True), (1, ["run-ep=0.ckpt"], True), (2, ["run-ep=1.ckpt"], True)]
+    assert replaced == [(0, [], True), (1, ["run-ep0.ckpt"], True), (2, ["run-ep1.ckpt"], True)]
 
 
 def test_a_finished_run_is_not_trained_on_nor_is_another_configuration(tmp_path):
@@ -279,7 +279,7 @@ def test_interrupted_from_the_keyboard_it_writes_what_it_has(tmp_path, monkeypat
     assert "run: stopped after step 4: start it again" in capfd.readouterr().err
     run = tmp_path / "run"
     names = {path.name for path in (run / "checkpoints").glob("*.ckpt")}
-    assert names == {"run-ep=0.ckpt", "run-interrupted.ckpt"}
+    assert names == {"run-ep0.ckpt", "run-interrupted.ckpt"}
     assert len((run / "weights.csv").read_text().splitlines()) == 1 + 4
     assert "weights" in (run / "median_weights.yaml").read_text()
 

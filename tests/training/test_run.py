@@ -242,7 +242,7 @@ def test_resume_goes_on_from_the_checkpoint_and_loses_nothing(tmp_path, monkeypa
 def test_the_last_epoch_is_saved_whatever_the_frequency(tmp_path):
     run = pretrain(digits(tmp_path, "max_epochs=3", "checkpoint.frequency=2"))
     (file,) = (run.directory / "checkpoints").glob("*.ckpt")
-    assert file.name == "grap-digits-ep=2.ckpt"
+    assert file.name == "grap-digits-ep2.ckpt"
     saved = torch.load(file, weights_only=True)["state_dict"]
     assert torch.equal(saved["projector.0.weight"], run.model.projector[0].weight)
 

@@ -237,7 +237,7 @@ def array(on_a_cluster):
         Where it was started, the exit code, and what was printed on stderr.
     """
     root = on_a_cluster(SIGNAL_AT="runs/sweep-grap-digits/lr0.1-sum-seed5/checkpoints/"
-                        "lr0.1-sum-seed5-ep=0.ckpt")  # fmt: skip
+                        "lr0.1-sum-seed5-ep0.ckpt")  # fmt: skip
     sweep = ["--config-dir", "configs", "+sweeps/multirun=grap", "+slurm/launch=submitit"]
     sweep += ["weighting.lr=0.1,0", "weighting.normalization=sum", "seed=5"]
     # So short a time that submitit takes every signal for the end of it.
