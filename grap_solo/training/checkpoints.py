@@ -23,6 +23,13 @@ from grap_solo.errors import ConfigError
 from grap_solo.methods import CompositeMethod
 from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE
 from grap_solo.solo import BaseMomentumMethod
+from grap_solo.training.loggers import is_first_process
+from grap_solo.training.same_run import (
+    describe_free,
+    find_differences,
+    read_config,
+    refuse_differences,
+)
 
 RESUMABLE = ("state_dict", "global_step", "epoch")
 """The entries of a checkpoint from which a run can resume."""
@@ -79,13 +86,12 @@ def find_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
             raise ConfigError(
                 f"name: {directory} already holds a run: give another name or checkpoint.dir"
             )
-        differing = different_keys(source, directory)
-        if differing:
-            raise ConfigError(
-                f"name: {directory} already holds a run with another '{differing[0]}': give "
-                "another name or checkpoint.dir"
-            )
-        found = newest_whole(directory / CHECKPOINTS_FOLDER, cfg.name)
+        differences = find_differences(read_config(directory), resolve_source(source))
+        where = f"name: {directory} already holds a run"
+        free = refuse_differences(differences, where, "another name or checkpoint.dir")
+        found = newest_whole(directory / CHECKPOINTS_FOLDER)
+        if free and found is not None and is_first_process():
+            print(f"{cfg.name}: {describe_free(free)}", flush=True)
     if found is None:
         return Start()
     path, state = found
@@ -121,13 +127,6 @@ def read_checkpoint(path: Path, key: str, parts: Sequence[str] = RESUMABLE) -> d
 def _load_whole(path: Path, parts: Sequence[str] = RESUMABLE) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return {**state, **{name: state[name] for name in parts}}  # Raises if one is missing.
-
-
-def different_keys(source: DictConfig, directory: Path) -> list[str]:
-    """The first-level keys in which a configuration differs from that of the run in a folder."""
-    theirs: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE))
-    ours = resolve_source(source)
-    return sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
 
 
 def resolve_source(source: DictConfig) -> dict[Any, Any]:
@@ -181,22 +180,22 @@ def load_backbone(model: CompositeMethod, path: Path) -> None:
         ) from None
 
 
-def epoch_checkpoints(folder: Path, name: str) -> list[Path]:
-    """A run's checkpoints, the newest epoch first."""
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest epoch first. It may have had another name before."""
 
     def epoch(path: Path) -> int:
-        number = path.stem.removeprefix(f"{name}-ep=")
-        return int(number) if number.isdigit() else -1
+        _, separator, number = path.stem.rpartition("-ep=")
+        return int(number) if separator and number.isdigit() else -1
 
     return sorted((p for p in folder.glob("*.ckpt") if epoch(p) >= 0), key=epoch, reverse=True)
 
 
-def newest_whole(folder: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
+def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest readable checkpoint of a run, and its content; None if there is none.
 
     Checkpoints that are cut short or foreign are skipped with a warning.
     """
-    for path in epoch_checkpoints(folder, name):
+    for path in epoch_checkpoints(folder):
         try:
             return path, _load_whole(path)
         except Exception as error:
@@ -288,7 +287,7 @@ class EpochCheckpoint(Checkpoint):
         _put_in_place(waiting, final)
         self.interrupted.unlink(missing_ok=True)  # Of an earlier stop, and older.
         if not self.keep:
-            for path in epoch_checkpoints(self.folder, self.name):
+            for path in epoch_checkpoints(self.folder):
                 if path != final:
                     path.unlink()
 

@@ -22,10 +22,11 @@ from grap_solo.methods import CompositeMethod, find_method, takes_weighting, wei
 from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import build_backbone
 from grap_solo.training.blocks import validate
-from grap_solo.training.schema import schema_of
+from grap_solo.training.schema import Configuration, schema_of
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
 
 LARGEST_HELD_OUT = 0.5
+MOST_DEVICES = 1024
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
@@ -53,15 +54,7 @@ def prepare(source: DictConfig) -> DictConfig:
     Raises:
         ConfigError: names the first key that cannot be used.
     """
-    cfg = OmegaConf.merge(OmegaConf.create({}), source)
-    assert isinstance(cfg, DictConfig)
-    OmegaConf.set_struct(cfg, False)
-    _none_strings(cfg)
-    plain = _without_nulls(OmegaConf.to_container(cfg, resolve=True))
-    method, rule = _find_classes(plain)
-    _fill_in(cfg, validate(schema_of(method, rule), plain))
-    if cfg.get("weighting") is None:
-        cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
+    cfg, method, rule = complete(source)
     method.check_config(cfg)
     _check_together(cfg)
     _check_backbone(cfg)
@@ -85,6 +78,28 @@ def prepare(source: DictConfig) -> DictConfig:
     return cfg
 
 
+def complete(source: DictConfig) -> tuple[DictConfig, type[CompositeMethod], type[Weighting]]:
+    """Checks each key of a configuration and fills in the defaults of those left out or null.
+
+    Args:
+        source: see :func:`prepare`.
+
+    Returns:
+        The configuration, and the classes of its method and of its rule. Keys whose default the
+        base class or the Trainer has are still left out.
+
+    Raises:
+        ConfigError: names the first key that cannot be used.
+    """
+    plain: Any = _without_nulls(OmegaConf.to_container(source, resolve=True))
+    cfg = OmegaConf.create(plain)
+    method, rule = _find_classes(plain)
+    _fill_in(cfg, validate(schema_of(method, rule), plain))
+    if cfg.get("weighting") is None:
+        cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
+    return cfg, method, rule
+
+
 def run_dir(cfg: DictConfig) -> Path:
     """The folder of a run: ``checkpoint.dir`` / ``name``."""
     return Path(cfg.checkpoint.dir) / cfg.name
@@ -101,24 +116,24 @@ def terms_of(cfg: DictConfig) -> dict[str, float]:
     return find_method(cfg.method).reference_weights(cfg)
 
 
-def _none_strings(node: Any) -> None:
-    """Turns the text 'None' into null: solo-learn's files use it, but YAML has no such word."""
-    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
-        if OmegaConf.is_missing(node, key):
-            continue
-        value = node[key]
-        if OmegaConf.is_config(value):
-            _none_strings(value)
-        elif value == "None":
-            node[key] = None
+def _without_nulls(value: Any, key: str = "") -> Any:
+    """Leaves out every key whose value counts as not given: null, missing (``???``), or the text
+    'None', which solo-learn's files use for null.
 
-
-def _without_nulls(value: Any) -> Any:
-    """Leaves out every key whose value is null or missing (``???``): it counts as not given."""
+    Null stays where it is a value: in arguments of the backbone's and of the Trainer's."""
+    if isinstance(value, list):
+        return [_without_nulls(each, f"{key}[]") for each in value]
     if not isinstance(value, dict):
-        return value
-    return {k: _without_nulls(v) for k, v in value.items() if v is not None and v != "???"}
+        return None if value in ("None", "???") else value
+    inner = f"{key}." if key else ""
+    cleaned = {name: _without_nulls(each, f"{inner}{name}") for name, each in value.items()}
+    if key == "backbone.kwargs":
+        return cleaned
+    return {
+        name: each
+        for name, each in cleaned.items()
+        if each is not None or (not key and name not in Configuration.model_fields)
+    }
 
 
 def _find_classes(plain: dict[str, Any]) -> tuple[type[CompositeMethod], type[Weighting]]:
@@ -256,22 +271,32 @@ def missing_labels(where: str, rule: str) -> ConfigError:
     )
 
 
-def _resolve_devices(cfg: DictConfig) -> None:
-    """Lets a file that was written for GPUs run on the CPU, and a single device without a
-    strategy."""
-    devices = cfg.devices
+def device_count(devices: Any) -> int:
+    """The number of devices that the key ``devices`` names.
+
+    Raises:
+        ConfigError: neither a number nor a list of numbers.
+    """
     if isinstance(devices, str) and devices.isdigit():
-        cfg.devices = devices = int(devices)
-    listed = OmegaConf.is_list(devices) and all(type(each) is int for each in devices)
-    count = len(devices) if listed else devices
-    if type(count) is not int or count < 1:
+        devices = int(devices)
+    listed = OmegaConf.is_list(devices) or isinstance(devices, list)
+    numbers = listed and all(type(each) is int for each in devices)
+    count = len(devices) if numbers else devices
+    if type(count) is not int or not 1 <= count <= MOST_DEVICES:
         raise ConfigError(
             f"devices: expected a number of devices or a list such as [0], got {devices}"
         )
+    return count
+
+
+def _resolve_devices(cfg: DictConfig) -> None:
+    """Lets a file that was written for GPUs run on the CPU, and a single device without a
+    strategy."""
+    count = device_count(cfg.devices)
     cpu = cfg.accelerator == "cpu" or (
         cfg.accelerator == "auto" and not torch.accelerator.is_available()
     )
-    if cpu:
+    if cpu or isinstance(cfg.devices, str):
         cfg.devices = count
     if count * cfg.num_nodes == 1:
         cfg.strategy, cfg.sync_batchnorm = "auto", False

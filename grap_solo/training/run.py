@@ -70,6 +70,11 @@ from grap_solo.training.loggers import (
     wandb_logger,
     wandb_run,
 )
+from grap_solo.training.same_run import (
+    check_same_data,
+    data_fingerprints,
+    write_fingerprints,
+)
 from grap_solo.training.signals import (
     AGAIN,
     TERMINATED,
@@ -121,7 +126,9 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     _quiet()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
-    train_loader, val_loader, labelled = _loaders(cfg, start.epoch)
+    train_loader, val_loader, labelled, fingerprints = _loaders(cfg, start.epoch)
+    if start.path is not None:
+        check_same_data(cfg, directory, fingerprints)
     model = find_method(cfg.method)(cfg)
     if cfg.resume_from_checkpoint is not None:
         check_same_weighting(model, start, "resume_from_checkpoint")
@@ -134,6 +141,7 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     end_after_step_on_sigterm(trainer)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
+        write_fingerprints(directory, fingerprints)
         if labelled is not None:
             np.savetxt(directory / LABELS_FILE, labelled, fmt="%d", header="index", comments="")
         resumed = f", resuming after epoch {start.epoch - 1}" if start.epoch else ""
@@ -169,7 +177,7 @@ def _fit(
             if not terminated and not isinstance(end.__context__, KeyboardInterrupt):
                 raise
             if trainer.is_global_zero:
-                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER, cfg.name)
+                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER)
                 advice = AGAIN if saved else "start it again"
                 stopped = f"{cfg.name}: stopped after step {trainer.global_step}"
                 print(f"{stopped}: {advice}", file=sys.stderr)
@@ -180,14 +188,15 @@ def _fit(
             stop_workers()  # Lightning ends the workers of its own kind of loader only.
 
 
-def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
-    """The loaders for training, from an epoch on, and validation, and the indexes of the images
-    that keep their labels if not all do. Fills in ``data.num_classes``."""
+def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None, dict[str, Any]]:
+    """The loaders for training, from an epoch on, and validation, the indexes of the images that
+    keep their labels if not all do, and the data's fingerprints. Fills in ``data.num_classes``."""
     val_images: Images | None = None
     if no_validation(cfg):
         train_images = load_images(cfg.data, train=True)
     else:
         train_images, val_images = load_both(cfg.data)
+    fingerprints = data_fingerprints(cfg, train_images, val_images)
     processes = images_per_step(cfg) // cfg.optimizer.batch_size
     if val_images is not None and len(val_images) < processes:
         raise ConfigError(
@@ -207,7 +216,7 @@ def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
         seen = labelled_loader(cfg, held_out, together, epoch)
         train_loader = CombinedLoader({"train": train_loader, "labelled": seen}, "max_size_cycle")
     val_loader = None if val_images is None else evaluation_loader(cfg, val_images, keep=True)
-    return train_loader, val_loader, labelled
+    return train_loader, val_loader, labelled, fingerprints
 
 
 def _make_run_folder(directory: Path) -> None:

@@ -271,17 +271,17 @@ def test_a_grap_run_that_was_cut_off_is_done_again(copy):
 @pytest.mark.parametrize(
     ("overrides", "settings", "message"),
     [
-        (["max_epochs=3"], {}, "configuration.max_epochs 2, not 3"),
-        (["seed=6"], {}, "configuration.seed 5, not 6"),
-        ([], {"sampler": "random"}, "sampler 'tpe', not 'random'"),
-        ([], {"pruner": "median"}, "pruner 'none', not 'median'"),
-        ([], {"seed": 1}, "seed 0, not 1"),
+        (["max_epochs=3"], {}, "max_epochs 2, not 3"),
+        (["seed=6"], {}, "seed 5, not 6"),
+        ([], {"sampler": "random"}, "--sampler 'tpe', not 'random'"),
+        ([], {"pruner": "median"}, "--pruner 'none', not 'median'"),
+        ([], {"seed": 1}, "--seed 0, not 1"),
     ],
     ids=str,
 )
 def test_other_settings_in_the_same_folder_are_refused(done, overrides, settings, message):
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.name[-4:] != "lock"}
-    with pytest.raises(ConfigError, match=f"holds a search with {message}: give another"):
+    with pytest.raises(ConfigError, match=f"holds a search with {message}: set it back"):
         search(configuration("weighting.lr=0.2", *overrides), done, 3, **settings)
     for path, time in before.items():
         assert path.stat().st_mtime_ns == time
@@ -291,6 +291,13 @@ def test_where_the_runs_go_and_what_they_are_called_is_no_difference(done):
     before = times(done)
     search(configuration("weighting.lr=0.2", "name=other", "checkpoint.dir=elsewhere"), done, 1)
     assert times(done) == before and len(rows_of(done)) == 4
+
+
+def test_keys_that_change_no_training_may_differ(done, capsys):
+    before = times(done)
+    search(configuration("weighting.lr=0.2", "data.num_workers=1", "+weighting.ema=0"), done, 1)
+    assert "resuming with data.num_workers=1 (before: 0)\n" in capsys.readouterr().out
+    assert times(done) == before
 
 
 @pytest.mark.parametrize(
