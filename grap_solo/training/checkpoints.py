@@ -22,7 +22,6 @@ from grap_solo.data.sampling import mixed_seed
 from grap_solo.errors import ConfigError
 from grap_solo.methods import CompositeMethod
 from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE
-from grap_solo.solo import BaseMomentumMethod
 from grap_solo.training.loggers import is_first_process
 from grap_solo.training.same_run import (
     describe_free,
@@ -157,27 +156,6 @@ def check_same_weighting(model: CompositeMethod, start: Start, key: str) -> None
         raise ConfigError(
             f"{key}: {start.path}: it is of a run with another weighting or other terms"
         )
-
-
-def load_backbone(model: CompositeMethod, path: Path) -> None:
-    """Starts the backbone and its momentum copy from a checkpoint of the same backbone.
-
-    Raises:
-        ConfigError: not such a checkpoint.
-    """
-    key = f"pretrained_feature_extractor: {path}"
-    state = read_checkpoint(path, key, ("state_dict",))["state_dict"]
-    prefix = "backbone."
-    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    try:
-        model.backbone.load_state_dict(backbone)
-        if isinstance(model, BaseMomentumMethod):
-            model.momentum_backbone.load_state_dict(backbone)
-    except RuntimeError:
-        raise ConfigError(
-            f"{key}: its backbone is not a {model.cfg.backbone.name}: set backbone.name to that "
-            "run's backbone"
-        ) from None
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:

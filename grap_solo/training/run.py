@@ -59,7 +59,6 @@ from grap_solo.training.checkpoints import (
     check_same_weighting,
     epoch_checkpoints,
     find_start,
-    load_backbone,
     resolve_source,
 )
 from grap_solo.training.config import images_per_step, missing_labels, prepare, run_dir, terms_of
@@ -81,6 +80,7 @@ from grap_solo.training.signals import (
     end_after_step_on_sigterm,
     explain_machine_failure,
 )
+from grap_solo.training.starting_weights import load_backbone
 from grap_solo.weighting import find_weighting
 
 
@@ -132,8 +132,10 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     model = find_method(cfg.method)(cfg)
     if cfg.resume_from_checkpoint is not None:
         check_same_weighting(model, start, "resume_from_checkpoint")
-    if cfg.pretrained_feature_extractor is not None:
-        load_backbone(model, Path(cfg.pretrained_feature_extractor))
+    if cfg.pretrained_feature_extractor is not None and start.path is None:
+        loaded = load_backbone(model, Path(cfg.pretrained_feature_extractor))
+        if is_first_process():
+            print(f"{cfg.name}: {loaded}", flush=True)
     _make_run_folder(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)

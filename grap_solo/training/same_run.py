@@ -192,7 +192,7 @@ def check_same_data(cfg: DictConfig, directory: Path, found: Mapping[str, Any]) 
             )
         if kept.get(part) != found.get(part):
             raise ConfigError(
-                f"{where}those at {new} are others ({_compare(kept.get(part), found.get(part))})"
+                f"{where}those at {new} are others ({_tell_apart(kept.get(part), found.get(part))})"
                 f"{way_out}"
             )
 
@@ -201,7 +201,7 @@ def _real(path: Any) -> str:
     return os.path.realpath(str(path)) if path not in (None, "None") else ""
 
 
-def _compare(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
+def _tell_apart(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
     """Says how two fingerprints differ."""
     if old is None or new is None:
         return "none before" if old is None else "none now"

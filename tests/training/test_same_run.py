@@ -132,7 +132,7 @@ def test_a_run_with_keys_that_are_gone_is_compared_by_what_it_gives():
     assert str(found) == "weighting.gone 1, not None"
 
 
-# ---- runs -----------------------------------------------------------------------------------------
+# ---- runs ---------------------------------------------------------------------------------
 
 
 def draw_folder(root, seed=0, count=16, size=16):
