@@ -20,7 +20,7 @@ from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.keys import Key, missing_key
 from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name
 from grap_solo.solo import register_backbone
-from grap_solo.solo.backbones import build_backbone
+from grap_solo.solo.backbones import embedding_width
 from grap_solo.training.blocks import validate
 from grap_solo.training.schema import Configuration, schema_of
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
@@ -57,7 +57,6 @@ def prepare(source: DictConfig) -> DictConfig:
     cfg, method, rule = complete(source)
     method.check_config(cfg)
     _check_together(cfg)
-    _check_backbone(cfg)
     _check_optimizer_kwargs(cfg)
     _check_weighting(cfg, rule)
 
@@ -68,6 +67,7 @@ def prepare(source: DictConfig) -> DictConfig:
             f"augmentations: {cfg.method} takes two views, not {cfg.data.num_large_crops}: "
             "let the entries' num_crops add up to 2"
         )
+    _check_backbone(cfg)
     kwargs = OPTIMIZER_DEFAULTS[cfg.optimizer.name]
     cfg.optimizer.kwargs = OmegaConf.merge(OmegaConf.create(kwargs), cfg.optimizer.kwargs)
     _resolve_devices(cfg)
@@ -212,15 +212,12 @@ def _check_optimizer_kwargs(cfg: DictConfig) -> None:
 
 
 def _check_backbone(cfg: DictConfig) -> None:
-    """Refuses an unknown backbone, or arguments that it does not take."""
-    register_backbone(cfg.backbone.name)
-    kwargs = cfg.backbone.get("kwargs") or {}
-    if kwargs:
-        try:
-            with torch.device("meta"):  # Allocates no memory.
-                build_backbone(cfg.backbone.name, cfg.data.dataset, dict(kwargs))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"backbone.kwargs: {error}".splitlines()[0]) from None
+    """Refuses an unknown backbone, arguments that it does not take, and images of a size that it
+    does not take."""
+    if register_backbone(cfg.backbone.name):
+        kwargs: Any = OmegaConf.to_container(cfg.backbone.get("kwargs") or OmegaConf.create())
+        size = cfg.augmentations[0].crop_size
+        embedding_width(cfg.backbone.name, cfg.data.dataset, kwargs, size)
 
 
 def _check_weighting(cfg: DictConfig, rule: type[Weighting]) -> None:
