@@ -21,12 +21,15 @@ from grap_solo.keys import Key, missing_key
 from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name
 from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import embedding_width
+from grap_solo.solo.optimizers import OPTIMIZERS
 from grap_solo.training.blocks import validate
 from grap_solo.training.schema import Configuration, schema_of
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
 
 LARGEST_HELD_OUT = 0.5
 MOST_DEVICES = 1024
+LARGEST_NUMBER = 2**32 - 1
+"""The largest whole number in a configuration: a seed's. Nothing that is counted has as many."""
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
@@ -95,6 +98,7 @@ def complete(source: DictConfig) -> tuple[DictConfig, type[CompositeMethod], typ
     cfg = OmegaConf.create(plain)
     method, rule = _find_classes(plain)
     _fill_in(cfg, validate(schema_of(method, rule), plain))
+    _refuse_unusable_numbers(plain)
     if cfg.get("weighting") is None:
         cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
     return cfg, method, rule
@@ -134,6 +138,22 @@ def _without_nulls(value: Any, key: str = "") -> Any:
         for name, each in cleaned.items()
         if each is not None or (not key and name not in Configuration.model_fields)
     }
+
+
+def _refuse_unusable_numbers(value: Any, key: str = "") -> None:
+    """Refuses numbers that no part of a training can use, also in keys that are not declared."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _refuse_unusable_numbers(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for each in value:
+            _refuse_unusable_numbers(each, key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: expected a finite number, got {value}")
+    elif isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        raise ConfigError(
+            f"{key}: expected a number of at most {LARGEST_NUMBER} (2^32 - 1), got {value}"
+        )
 
 
 def _find_classes(plain: dict[str, Any]) -> tuple[type[CompositeMethod], type[Weighting]]:
@@ -176,7 +196,9 @@ def _fill_in(cfg: DictConfig, filled: dict[str, Any]) -> None:
 
 
 def _check_together(cfg: DictConfig) -> None:
-    """Refuses keys that do not fit each other."""
+    """Refuses keys that do not fit each other, or the files that they name."""
+    if {"/", "\0"} & {*cfg.name} or cfg.name in (".", ".."):
+        raise ConfigError(f"name: {cfg.name!r} becomes a file's name: leave out '/' and dots alone")
     if cfg.performance.compile and cfg.diagnostics.parameter_space_every:
         raise ConfigError(
             "performance.compile: diagnostics.parameter_space_every needs several backward passes "
@@ -209,6 +231,25 @@ def _check_optimizer_kwargs(cfg: DictConfig) -> None:
     for key in cfg.optimizer.kwargs:
         if key not in options:
             raise unknown_name("optimizer.kwargs", key, options)
+    _try_optimizer(cfg)
+
+
+def _try_optimizer(cfg: DictConfig) -> None:
+    """Refuses arguments that the optimiser cannot use: takes one step with it on a few numbers."""
+    config = cfg.optimizer
+    kwargs: Any = OmegaConf.to_container(config.kwargs)
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    try:
+        optimizer = OPTIMIZERS[config.name](
+            [{"params": [parameter]}], lr=config.lr, weight_decay=config.weight_decay, **kwargs
+        )
+        optimizer.step()
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"optimizer.kwargs: {config.name} cannot use {kwargs} ({line}): change or remove them"
+        ) from None
 
 
 def _check_backbone(cfg: DictConfig) -> None:

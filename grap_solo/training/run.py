@@ -38,7 +38,7 @@ from grap_solo.data import (
     stop_workers,
 )
 from grap_solo.errors import ConfigError
-from grap_solo.methods import CompositeMethod, find_method
+from grap_solo.methods import CompositeMethod
 from grap_solo.records.files import (
     ARGS_FILE,
     CHECKPOINTS_FOLDER,
@@ -52,6 +52,7 @@ from grap_solo.records.files import (
 )
 from grap_solo.report.plots import plot_weights
 from grap_solo.solo import describe_base
+from grap_solo.training.building import build_model, check_batch_norms
 from grap_solo.training.checkpoints import (
     EpochCheckpoint,
     EpochSeed,
@@ -129,7 +130,8 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     train_loader, val_loader, labelled, fingerprints = _loaders(cfg, start.epoch)
     if start.path is not None:
         check_same_data(cfg, directory, fingerprints)
-    model = find_method(cfg.method)(cfg)
+    model = build_model(cfg)
+    check_batch_norms(model, cfg, labelled)
     if cfg.resume_from_checkpoint is not None:
         check_same_weighting(model, start, "resume_from_checkpoint")
     if cfg.pretrained_feature_extractor is not None and start.path is None:
