@@ -148,7 +148,7 @@ def check_backbone(name: str) -> str:
     Raises:
         ConfigError: if it is not.
     """
-    models = {*RESNETS, *timm.list_models()}
-    if name not in models:
-        raise unknown_name("backbone.name", name, models)
+    known = name in RESNETS or (timm.is_model(name) and "." not in name)  # A dot: a set of weights.
+    if not known:
+        raise unknown_name("backbone.name", name, {*RESNETS, *timm.list_models()})
     return name

@@ -212,7 +212,9 @@ class Configuration(Block):
         None, description="A checkpoint to resume. An interrupted run finds its own."
     )
     pretrained_feature_extractor: str | None = Field(
-        None, description="A run's checkpoint from which the backbone starts."
+        None,
+        description="A file of weights from which the backbone starts: a checkpoint of ours or of "
+        "another tool, or a state dict.",
     )
 
 
