@@ -6,6 +6,9 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+MOST_LISTED = 40
+"""How many valid names an error lists."""
+
 
 class ConfigError(ValueError):
     """Input that cannot be used. The command line prints only its text and exits with code 2."""
@@ -63,5 +66,7 @@ def unknown_name(where: str, name: object, valid: Iterable[str]) -> ConfigError:
     """
     options = sorted(valid)
     near = difflib.get_close_matches(str(name), options, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(options)}"
+    more = f" and {len(options) - MOST_LISTED} others" if len(options) > MOST_LISTED else ""
+    listed = f"use one of {', '.join(options[:MOST_LISTED])}{more}"
+    hint = f"did you mean '{near[0]}'?" if near else listed
     return ConfigError(f"{where}: unknown name '{name}': {hint}")

@@ -24,6 +24,7 @@ from grap_solo.data.datasets import (
     load_images,
     split_labels,
 )
+from grap_solo.data.fingerprint import fingerprint
 from grap_solo.data.images import Images, UnreadableImage, read_image
 from grap_solo.data.sampling import (
     EpochSampler,
@@ -42,6 +43,7 @@ __all__ = [
     "UnreadableImage",
     "count_crops",
     "evaluation_loader",
+    "fingerprint",
     "labelled_loader",
     "load_both",
     "load_images",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.keys import Key, missing_key, read_keys
 
 MEAN_AND_STD = {
     "digits": ((0.31,) * 3, (0.35,) * 3),
@@ -20,19 +21,32 @@ MEAN_AND_STD = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet100": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
-KEYS = {
-    "rrc",
-    "color_jitter",
-    "grayscale",
-    "gaussian_blur",
-    "solarization",
-    "equalization",
-    "horizontal_flip",
-    "crop_size",
-    "num_crops",
-    "mean",
-    "std",
+CHANCE = {"prob": Key(float, 0, most=1)}
+BLOCK_KEYS: dict[str, dict[str, Key]] = {
+    "rrc": {
+        "enabled": Key(bool),
+        "crop_min_scale": Key(float, 0, optional=True),
+        "crop_max_scale": Key(float, above=0, optional=True),
+    },
+    "color_jitter": {
+        **CHANCE,
+        "brightness": Key(float, 0, optional=True),
+        "contrast": Key(float, 0, optional=True),
+        "saturation": Key(float, 0, optional=True),
+        "hue": Key(float, 0, most=0.5, optional=True),
+    },
+    "grayscale": CHANCE,
+    "gaussian_blur": CHANCE,
+    "solarization": CHANCE,
+    "equalization": CHANCE,
+    "horizontal_flip": CHANCE,
 }
+"""The blocks of an entry of ``augmentations``, and their keys."""
+
+NUMBERS = {"crop_size": Key(int, 1, most=2**14), "num_crops": Key(int, 1)}
+COLOURS = {"mean": Key(float), "std": Key(float, above=0)}
+"""One number for each of the three channels."""
+
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 Transform = Callable[[Image.Image], Tensor]
@@ -62,11 +76,9 @@ def build_pipeline(dataset: str, config: DictConfig) -> Transform:
         config: the entry.
 
     Raises:
-        ConfigError: if the entry has an unknown key.
+        ConfigError: if the entry has an unknown key, or a value that does not fit.
     """
-    for key in config:
-        if key not in KEYS:
-            raise unknown_name("augmentations", key, KEYS)
+    _check_entry("augmentations", config)
 
     def probability(name: str) -> float:
         return float(config[name].prob) if name in config else 0.0
@@ -130,28 +142,66 @@ def build_evaluation(dataset: str, augmentations: ListConfig) -> Transform:
 
 
 def count_crops(augmentations: Sequence[Any]) -> int:
-    """Returns the number of views of an image.
+    """Checks the pipelines and returns the number of views of an image.
 
     Raises:
-        ConfigError: if there is no entry, an entry lacks a valid ``crop_size`` or ``num_crops``,
+        ConfigError: if there is no entry, an entry has an unknown key or a value that does not fit,
             or the crop sizes differ.
     """
-    if not isinstance(augmentations, Sequence) or not augmentations:
+    if not isinstance(augmentations, Sequence) or isinstance(augmentations, str):
+        raise ConfigError(f"augmentations: expected a list of pipelines, got {augmentations!r}")
+    if not augmentations:
         raise ConfigError("augmentations: missing: give a list of pipelines, as solo-learn does")
-    for each in augmentations:
-        for key in ("crop_size", "num_crops"):
-            if key not in each:
-                raise ConfigError(f"augmentations: an entry has no '{key}': add it")
-            if type(each[key]) is not int or each[key] < 1:
-                raise ConfigError(
-                    f"augmentations: {key}: expected a whole number of 1 or more, got {each[key]!r}"
-                )
+    for index, each in enumerate(augmentations):
+        _check_entry(f"augmentations.{index}", each)
     if len({each.crop_size for each in augmentations}) > 1:
         raise ConfigError(
             "augmentations: crop_size: all views must be of one size, multi-crop is not supported: "
             "give one crop_size"
         )
     return sum(each.num_crops for each in augmentations)
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    """Refuses an entry of ``augmentations`` that cannot be built.
+
+    Args:
+        where: its full name, for the errors.
+        entry: the entry.
+    """
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where}: expected a block of keys, got {entry!r}")
+    for key in entry:
+        if key not in (*BLOCK_KEYS, *NUMBERS, *COLOURS):
+            raise unknown_name(where, key, (*BLOCK_KEYS, *NUMBERS, *COLOURS))
+    for key, number in NUMBERS.items():
+        if key not in entry:
+            raise missing_key(f"{where}.{key}")
+        number.check(entry[key], f"{where}.{key}")
+    for key in COLOURS.keys() & entry.keys():
+        values = entry[key]
+        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 3:
+            raise ConfigError(f"{where}.{key}: expected three numbers, got {values!r}")
+        for value in values:
+            COLOURS[key].check(value, f"{where}.{key}")
+    for name in BLOCK_KEYS.keys() & entry.keys():
+        _check_block(f"{where}.{name}", entry[name], BLOCK_KEYS[name])
+
+
+def _check_block(where: str, block: Any, keys: Mapping[str, Key]) -> None:
+    """Refuses a block of an entry: see :func:`_check_entry`."""
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"{where}: expected a block of keys, got {block!r}")
+    values = read_keys(keys, block, where)
+    if values.get("enabled", values.get("prob")):
+        for key, value in values.items():
+            if value is None:
+                raise missing_key(f"{where}.{key}")
+        if "enabled" in values and values["crop_min_scale"] > values["crop_max_scale"]:
+            raise ConfigError(
+                f"{where}: crop_min_scale {values['crop_min_scale']} is above crop_max_scale "
+                f"{values['crop_max_scale']}: give a smaller one"
+            )
 
 
 def _build_normalization(dataset: str, config: DictConfig) -> list[Any]:

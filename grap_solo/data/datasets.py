@@ -98,6 +98,9 @@ class ClassFolders(Torchvision):
         self.class_names = self.dataset.classes
 
     def describe(self, index: int) -> str:
+        return self.file_of(index)
+
+    def file_of(self, index: int) -> str:
         return str(self.dataset.samples[index][0])
 
 
@@ -134,6 +137,9 @@ class Folder(Images):
         return open_rgb(self.files[index]), -1
 
     def describe(self, index: int) -> str:
+        return self.file_of(index)
+
+    def file_of(self, index: int) -> str:
         return str(self.files[index])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,18 @@ class Images(Dataset[Sample]):
         """The file or row of an image, for an error's text."""
         return f"image {index}"
 
+    def file_of(self, index: int) -> str | None:
+        """The file that an image has for itself; None if it has none."""
+        return None
+
+    def stored_size(self, index: int) -> int:
+        """The bytes of an image's file or encoding; 0 if it has none, or cannot be read."""
+        file = self.file_of(index)
+        try:
+            return 0 if file is None else os.path.getsize(file)
+        except OSError:
+            return 0
+
 
 class Relabelled(Images):
     """A dataset's images with other labels.
@@ -66,6 +79,12 @@ class Relabelled(Images):
 
     def describe(self, index: int) -> str:
         return self.dataset.describe(index)
+
+    def file_of(self, index: int) -> str | None:
+        return self.dataset.file_of(index)
+
+    def stored_size(self, index: int) -> int:
+        return self.dataset.stored_size(index)
 
 
 class Part(Images):
@@ -86,6 +105,12 @@ class Part(Images):
 
     def describe(self, index: int) -> str:
         return self.dataset.describe(int(self.kept[index]))
+
+    def file_of(self, index: int) -> str | None:
+        return self.dataset.file_of(int(self.kept[index]))
+
+    def stored_size(self, index: int) -> int:
+        return self.dataset.stored_size(int(self.kept[index]))
 
 
 def drop_labels(dataset: Images) -> Relabelled:

@@ -70,6 +70,10 @@ class Parquet(Images):
     def describe(self, index: int) -> str:
         return f"{self.path}, row {index} (the first is 0)"
 
+    def stored_size(self, index: int) -> int:
+        data = self.encoded[index]
+        return len(data.as_buffer()) if data.is_valid else 0
+
 
 def _whole_labels(labels: pyarrow.Array, path: Path) -> np.ndarray:
     """Labels as whole numbers (N,); -1 for an unlabelled image.

@@ -40,9 +40,19 @@ from grap_solo.records.files import (
 from grap_solo.records.weights import median_weights
 from grap_solo.report.page import report
 from grap_solo.report.tables import BASELINE, table_of_methods, table_of_runs, write_summary
-from grap_solo.training.checkpoints import STOPS
+from grap_solo.training.checkpoints import resolve_source
 from grap_solo.training.config import prepare
 from grap_solo.training.run import pretrain
+from grap_solo.training.same_run import (
+    PATHS,
+    Difference,
+    check_same_data,
+    data_fingerprints,
+    describe_free,
+    find_differences,
+    read_run_config,
+    refuse_differences,
+)
 
 
 def compare(
@@ -77,8 +87,7 @@ def compare(
     directory = cells[0].directory.parent
     make_folder(directory, "checkpoint.dir")
     with only_one(directory):
-        for cell in cells:
-            check_cell(cell)
+        say_what_differs([(cell, check_cell(cell)) for cell in cells])
         run_all(cells, directory, processes)
         results = [result_of(cell) for cell in cells]
         runs = table_of_runs(results)
@@ -95,8 +104,11 @@ def compare(
     return directory
 
 
-def check_cell(cell: Cell) -> None:
+def check_cell(cell: Cell) -> list[Difference]:
     """Checks that the run's folder is new, or holds this run of a comparison.
+
+    Returns:
+        The keys in which that run differs, none of which can change what is trained.
 
     Raises:
         ConfigError: it holds another run, or something else.
@@ -105,23 +117,33 @@ def check_cell(cell: Cell) -> None:
         raise ConfigError(
             f"name: {cell.directory} exists but is not a comparison's: give another name"
         )
-    file = cell.directory / CONFIG_FILE
-    if not file.exists():
-        return
-    theirs: Any = OmegaConf.to_container(read_config(file))
-    ours: Any = OmegaConf.to_container(cell.cfg, resolve=True)
+    if not (cell.directory / CONFIG_FILE).exists():
+        return []
+    theirs = read_run_config(cell.directory)
+    ours = resolve_source(cell.cfg)
     if cell.parent is not None:  # The saved file has the parent's weights or backbone.
         for key in ("weighting", "tuned_from", "pretrained_feature_extractor"):
             theirs.pop(key, None)
             ours.pop(key, None)
-    ours.pop("hydra", None)
-    keys = {*theirs, *ours}.difference(STOPS)
-    differing = [key for key in keys if theirs.get(key) != ours.get(key)]
-    if differing:
-        raise ConfigError(
-            f"name: {cell.directory} holds a run with another '{sorted(differing)[0]}': give the "
-            "comparison another name"
-        )
+    where = f"name: {cell.directory} holds a run"
+    found = find_differences(theirs, ours)
+    return refuse_differences(found, where, "the comparison another name")
+
+
+def say_what_differs(found: Sequence[tuple[Cell, Sequence[Difference]]]) -> None:
+    """Says which keys differ from earlier runs, and checks that these had the same images.
+
+    Raises:
+        ConfigError: a finished run had other images. The others are checked when they resume.
+    """
+    keys = {each.key: each for _, differences in found for each in differences}
+    if keys:
+        print(describe_free(keys.values()), flush=True)
+    for cell, differences in found:
+        moved = any(each.key in PATHS.values() for each in differences)
+        if moved and (cell.directory / RESULT_FILE).exists():
+            cfg = prepare(cell.cfg)
+            check_same_data(cfg, cell.directory, data_fingerprints(cfg, *load_both(cfg.data)))
 
 
 # ---- running --------------------------------------------------------------------------------

@@ -27,14 +27,30 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from grap_solo.data import load_both
 from grap_solo.errors import ConfigError, Diverged, unknown_name
 from grap_solo.experiments.search_report import REPORT_FILES, trial_name, write_report
 from grap_solo.methods import weighted_name
-from grap_solo.records.files import MEDIAN_FILE, RESULT_FILE, make_folder, only_one, write_json
+from grap_solo.records.files import (
+    CONFIG_FILE,
+    MEDIAN_FILE,
+    RESULT_FILE,
+    make_folder,
+    only_one,
+    write_json,
+)
 from grap_solo.records.weights import read_median
-from grap_solo.training.checkpoints import STOPS
-from grap_solo.training.config import expand_paths, run_dir, terms_of
+from grap_solo.training.config import expand_paths, prepare, run_dir, terms_of
 from grap_solo.training.run import prepare_one_of_many, pretrain
+from grap_solo.training.same_run import (
+    PATHS,
+    Difference,
+    check_same_data,
+    data_fingerprints,
+    describe_free,
+    find_differences,
+    refuse_differences,
+)
 
 STUDY_FILE = "study.db"
 UNWRITABLE_DATABASE = ("readonly", "unable to open", "is full", "disk I/O error")
@@ -101,8 +117,7 @@ def search(
             f"within a factor of {RANGE:g} of it: give it some weight"
         )
     plain = _shared_keys(source)
-    lasting = {key: value for key, value in plain.items() if key not in STOPS}
-    settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": lasting}
+    settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": plain}
     settings = json.loads(json.dumps(settings, default=str))  # As the study returns them.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -181,9 +196,7 @@ def _open_study(
     )
     if not _history(study):  # No trial yet, so other settings do no harm.
         study.set_user_attr("settings", settings)
-    difference = _difference(study.user_attrs.get("settings", {}), settings)
-    if difference is not None:
-        raise ConfigError(f"{directory}: holds a search with {difference}: give another folder")
+    _check_settings(study.user_attrs.get("settings", {}), settings, directory)
     _abandon_running(study)
     return study
 
@@ -210,16 +223,25 @@ def _explained_failures(file: Path) -> Iterator[None]:
         raise ConfigError(f"{file}: {text}") from None
 
 
-def _difference(old: Any, new: Any, key: str = "") -> str | None:
-    """Describes the first key in which two settings differ; None if they are equal."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            inner = f"{key}.{name}" if key else name
-            found = _difference(old.get(name), new.get(name), inner)
-            if found is not None:
-                return found
-        return None
-    return None if old == new else f"{key} {old!r}, not {new!r}"
+def _check_settings(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
+    """Refuses a search with other settings than the one in the directory.
+
+    Raises:
+        ConfigError: a setting, a key that changes what is trained, or the images differ.
+    """
+    flags = ("sampler", "pruner", "seed")
+    own = [Difference(f"--{key}", old.get(key), new[key]) for key in flags]
+    found = [each for each in own if each.old != each.new]
+    both = [{"name": STUDY_FILE, **each.get("configuration", {})} for each in (old, new)]
+    found += find_differences(*both)
+    free = refuse_differences(found, f"{directory}: holds a search", "another folder")
+    if not free:
+        return
+    print(describe_free(free), flush=True)
+    runs = sorted(each.parent for each in directory.glob(f"*/{CONFIG_FILE}"))
+    if runs and any(each.key in PATHS.values() for each in free):
+        cfg = prepare(OmegaConf.create(both[1]))
+        check_same_data(cfg, runs[0], data_fingerprints(cfg, *load_both(cfg.data)))
 
 
 def _abandon_running(study: optuna.study.Study) -> None:

@@ -12,9 +12,9 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.experiments.compare import check_cell, result_of, run_all
+from grap_solo.experiments.compare import check_cell, result_of, run_all, say_what_differs
 from grap_solo.experiments.grid import Cell, plan
-from grap_solo.records.files import WEIGHTS_FILE, only_one, whole_file
+from grap_solo.records.files import WEIGHTS_FILE, make_folder, only_one, whole_file
 from grap_solo.records.runs import MEASURES
 from grap_solo.records.weights import read_weights
 from grap_solo.report.maps import MapPoint, plot_weight_map
@@ -66,10 +66,9 @@ def map_weights(
         definitions[rule] = {"weighting": OmegaConf.to_container(cfg.weighting, resolve=True)}
     cells = plan(cfg, [*methods, *pairs], seeds, definitions)
     directory = cells[0].directory.parent
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory, "checkpoint.dir")
     with only_one(directory):
-        for cell in cells:
-            check_cell(cell)
+        say_what_differs([(cell, check_cell(cell)) for cell in cells])
         run_all(cells, directory, processes)
         runs = table_of_runs([result_of(cell) for cell in cells])
         table = _table_of_pairs(runs, pairs, terms)

@@ -91,20 +91,23 @@ def register_method(name: str, method: type) -> None:
         METHODS[name] = method
 
 
-def register_backbone(name: str) -> None:
+def register_backbone(name: str) -> bool:
     """Makes sure that the base can build a backbone. Adds a timm model to solo-learn's backbones.
+
+    Returns:
+        Whether the backbone is torchvision's or timm's, and not of solo-learn's own.
 
     Raises:
         ConfigError: if neither the base nor timm has the model.
     """
-    from grap_solo.solo.backbones import build_backbone, check_backbone
+    from grap_solo.solo.backbones import RESNETS, build_backbone, check_backbone
 
     if BASE != "solo-learn":
         check_backbone(name)
-        return
+        return True
     backbones: dict[str, Any] = vars(BaseMethod)["_BACKBONES"]
     if name in backbones:
-        return
+        return name in RESNETS or getattr(backbones[name], "is_timms", False)
     check_backbone(name)
     if name.startswith("resnet"):  # solo-learn treats such a name as a torchvision model.
         raise ConfigError(f"backbone.name: on solo-learn's base use resnet18, not '{name}'")
@@ -112,4 +115,6 @@ def register_backbone(name: str) -> None:
     def build(method: str, **kwargs: Any) -> Any:
         return build_backbone(name, "", kwargs)[0]
 
+    vars(build)["is_timms"] = True
     backbones[name] = build
+    return True

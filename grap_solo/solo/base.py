@@ -116,7 +116,9 @@ class BaseMethod(pl.LightningModule, ABC):
     def _new_backbone(self) -> tuple[nn.Module, int]:
         """Builds the configured backbone. Returns it and the dimension of its embedding."""
         cfg = self.cfg
-        return build_backbone(cfg.backbone.name, cfg.data.dataset, dict(cfg.backbone.kwargs))
+        size = OmegaConf.select(cfg, "augmentations[0].crop_size")
+        kwargs: Any = OmegaConf.to_container(cfg.backbone.kwargs)
+        return build_backbone(cfg.backbone.name, cfg.data.dataset, kwargs, size)
 
     def _build_backbones(self) -> None:
         self.backbone, self.features_dim = self._new_backbone()

@@ -49,7 +49,11 @@ class Block(BaseModel):
     like a misspelling of a known one."""
 
     model_config = ConfigDict(
-        strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=()
+        strict=True,
+        extra="allow",
+        allow_inf_nan=False,
+        str_min_length=1,
+        protected_namespaces=(),
     )
 
     @model_validator(mode="before")

@@ -23,14 +23,17 @@ from torch import Tensor
 from grap_solo.data.sampling import mixed_seed
 from grap_solo.errors import ConfigError, Diverged
 from grap_solo.methods import CompositeMethod
-from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE, read_config
-from grap_solo.solo import BaseMomentumMethod
+from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE
+from grap_solo.training.loggers import is_first_process
+from grap_solo.training.same_run import (
+    describe_free,
+    find_differences,
+    read_run_config,
+    refuse_differences,
+)
 
 RESUMABLE = ("state_dict", "global_step", "epoch")
 """The entries of a checkpoint from which a run can resume."""
-
-STOPS = ("max_steps", "max_time")
-"""The keys that end a start of a run early. They may differ when it is started again."""
 
 WEIGHTING_PREFIX = "weighting."
 """The prefix of the weighting's names in a method's state dict."""
@@ -84,13 +87,12 @@ def find_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
             raise ConfigError(
                 f"name: {directory} already holds a run: give another name or checkpoint.dir"
             )
-        differing = different_keys(source, directory)
-        if differing:
-            raise ConfigError(
-                f"name: {directory} already holds a run with another '{differing[0]}': give "
-                "another name or checkpoint.dir"
-            )
-        found = newest_whole(directory / CHECKPOINTS_FOLDER, cfg.name)
+        differences = find_differences(read_run_config(directory), resolve_source(source))
+        where = f"name: {directory} already holds a run"
+        free = refuse_differences(differences, where, "another name or checkpoint.dir")
+        found = newest_whole(directory / CHECKPOINTS_FOLDER)
+        if free and found is not None and is_first_process():
+            print(f"{cfg.name}: {describe_free(free)}", flush=True)
     if found is None:
         return Start()
     path, state = found
@@ -149,14 +151,6 @@ def find_not_finite(state: Any, name: str = "") -> str | None:
     return next((each for each in found if each is not None), None)
 
 
-def different_keys(source: DictConfig, directory: Path) -> list[str]:
-    """The first-level keys in which a configuration differs from that of the run in a folder."""
-    theirs: Any = OmegaConf.to_container(read_config(directory / CONFIG_FILE))
-    ours = resolve_source(source)
-    keys = {*theirs, *ours}.difference(STOPS)
-    return sorted(key for key in keys if theirs.get(key) != ours.get(key))
-
-
 def resolve_source(source: DictConfig) -> dict[Any, Any]:
     """Resolves a configuration as its run keeps it: without hydra's keys and the checkpoint from
     which it was resumed."""
@@ -187,45 +181,24 @@ def check_same_weighting(model: CompositeMethod, start: Start, key: str) -> None
         )
 
 
-def load_backbone(model: CompositeMethod, path: Path) -> None:
-    """Starts the backbone and its momentum copy from a checkpoint of the same backbone.
-
-    Raises:
-        ConfigError: not such a checkpoint.
-    """
-    key = f"pretrained_feature_extractor: {path}"
-    state = read_checkpoint(path, key, ("state_dict",))["state_dict"]
-    prefix = "backbone."
-    backbone = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    try:
-        model.backbone.load_state_dict(backbone)
-        if isinstance(model, BaseMomentumMethod):
-            model.momentum_backbone.load_state_dict(backbone)
-    except RuntimeError:
-        raise ConfigError(
-            f"{key}: its backbone is not a {model.cfg.backbone.name}: set backbone.name to that "
-            "run's backbone"
-        ) from None
-
-
-def epoch_checkpoints(folder: Path, name: str) -> list[Path]:
-    """A run's checkpoints, the newest epoch first.
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest epoch first. It may have had another name before.
 
     Older versions called them ``<name>-ep=<epoch>.ckpt``, as solo-learn does; hydra takes such a
     name in quotes only.
     """
-    named = re.compile(re.escape(name) + r"-ep(=?)(\d+)\.ckpt", re.ASCII)
+    named = re.compile(r".+-ep(=?)(\d+)\.ckpt", re.ASCII)
     found = [(path, named.fullmatch(path.name)) for path in folder.glob("*.ckpt")]
     epochs = {path: (int(match[2]), not match[1]) for path, match in found if match is not None}
     return sorted(epochs, key=lambda path: epochs[path], reverse=True)
 
 
-def newest_whole(folder: Path, name: str) -> tuple[Path, dict[str, Any]] | None:
+def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest readable checkpoint of a run, and its content; None if there is none.
 
     Checkpoints that are cut short, foreign or not finite are skipped with a warning.
     """
-    for path in epoch_checkpoints(folder, name):
+    for path in epoch_checkpoints(folder):
         try:
             return path, _load_whole(path)
         except Diverged as error:
@@ -344,7 +317,7 @@ class EpochCheckpoint(Checkpoint):
         _put_in_place(waiting, final)
         self.interrupted.unlink(missing_ok=True)  # Of an earlier stop, and older.
         if not self.keep:
-            for path in epoch_checkpoints(self.folder, self.name):
+            for path in epoch_checkpoints(self.folder):
                 if path != final:
                     path.unlink()
 

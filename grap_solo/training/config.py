@@ -24,13 +24,17 @@ from grap_solo.keys import Key, missing_key
 from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name
 from grap_solo.records.files import check_name, expand_path
 from grap_solo.solo import register_backbone
-from grap_solo.solo.backbones import build_backbone
+from grap_solo.solo.backbones import embedding_width
+from grap_solo.solo.optimizers import OPTIMIZERS
 from grap_solo.training.blocks import validate
-from grap_solo.training.schema import schema_of
+from grap_solo.training.schema import Configuration, schema_of
 from grap_solo.training.trainer import check_arguments
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
 
 LARGEST_HELD_OUT = 0.5
+MOST_DEVICES = 1024
+LARGEST_NUMBER = 2**32 - 1
+"""The largest whole number in a configuration: a seed's. Nothing that is counted has as many."""
 
 PATH_KEYS = (
     "data.train_path",
@@ -67,20 +71,11 @@ def prepare(source: DictConfig) -> DictConfig:
     Raises:
         ConfigError: names the first key that cannot be used.
     """
-    cfg = OmegaConf.merge(OmegaConf.create({}), expand_paths(source))
-    assert isinstance(cfg, DictConfig)
-    OmegaConf.set_struct(cfg, False)
-    _none_strings(cfg)
-    plain = _without_nulls(OmegaConf.to_container(cfg, resolve=True))
-    method, rule = _find_classes(plain)
-    _fill_in(cfg, validate(schema_of(method, rule), plain))
-    if cfg.get("weighting") is None:
-        cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
+    cfg, method, rule = complete(expand_paths(source))
     check_name(cfg.name)
     method.check_config(cfg)
     _check_together(cfg)
     check_arguments(cfg)
-    _check_backbone(cfg)
     _check_optimizer_kwargs(cfg)
     _check_weighting(cfg, rule)
 
@@ -91,6 +86,7 @@ def prepare(source: DictConfig) -> DictConfig:
             f"augmentations: {cfg.method} takes two views, not {cfg.data.num_large_crops}: "
             "let the entries' num_crops add up to 2"
         )
+    _check_backbone(cfg)
     kwargs = OPTIMIZER_DEFAULTS[cfg.optimizer.name]
     cfg.optimizer.kwargs = OmegaConf.merge(OmegaConf.create(kwargs), cfg.optimizer.kwargs)
     _resolve_devices(cfg)
@@ -131,6 +127,29 @@ def expand_paths(source: DictConfig) -> DictConfig:
     return cfg
 
 
+def complete(source: DictConfig) -> tuple[DictConfig, type[CompositeMethod], type[Weighting]]:
+    """Checks each key of a configuration and fills in the defaults of those left out or null.
+
+    Args:
+        source: see :func:`prepare`.
+
+    Returns:
+        The configuration, and the classes of its method and of its rule. Keys whose default the
+        base class or the Trainer has are still left out.
+
+    Raises:
+        ConfigError: names the first key that cannot be used.
+    """
+    plain: Any = _without_nulls(OmegaConf.to_container(source, resolve=True))
+    cfg = OmegaConf.create(plain)
+    method, rule = _find_classes(plain)
+    _fill_in(cfg, validate(schema_of(method, rule), plain))
+    _refuse_unusable_numbers(plain)
+    if cfg.get("weighting") is None:
+        cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
+    return cfg, method, rule
+
+
 def run_dir(cfg: DictConfig) -> Path:
     """The folder of a run: ``checkpoint.dir`` / ``name``."""
     return Path(cfg.checkpoint.dir) / cfg.name
@@ -147,24 +166,40 @@ def terms_of(cfg: DictConfig) -> dict[str, float]:
     return find_method(cfg.method).reference_weights(cfg)
 
 
-def _none_strings(node: Any) -> None:
-    """Turns the text 'None' into null: solo-learn's files use it, but YAML has no such word."""
-    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
-        if OmegaConf.is_missing(node, key):
-            continue
-        value = node[key]
-        if OmegaConf.is_config(value):
-            _none_strings(value)
-        elif value == "None":
-            node[key] = None
+def _without_nulls(value: Any, key: str = "") -> Any:
+    """Leaves out every key whose value counts as not given: null, missing (``???``), or the text
+    'None', which solo-learn's files use for null.
 
-
-def _without_nulls(value: Any) -> Any:
-    """Leaves out every key whose value is null or missing (``???``): it counts as not given."""
+    Null stays where it is a value: in arguments of the backbone's and of the Trainer's."""
+    if isinstance(value, list):
+        return [_without_nulls(each, f"{key}[]") for each in value]
     if not isinstance(value, dict):
-        return value
-    return {k: _without_nulls(v) for k, v in value.items() if v is not None and v != "???"}
+        return None if value in ("None", "???") else value
+    inner = f"{key}." if key else ""
+    cleaned = {name: _without_nulls(each, f"{inner}{name}") for name, each in value.items()}
+    if key == "backbone.kwargs":
+        return cleaned
+    return {
+        name: each
+        for name, each in cleaned.items()
+        if each is not None or (not key and name not in Configuration.model_fields)
+    }
+
+
+def _refuse_unusable_numbers(value: Any, key: str = "") -> None:
+    """Refuses numbers that no part of a training can use, also in keys that are not declared."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _refuse_unusable_numbers(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for each in value:
+            _refuse_unusable_numbers(each, key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: expected a finite number, got {value}")
+    elif isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        raise ConfigError(
+            f"{key}: expected a number of at most {LARGEST_NUMBER} (2^32 - 1), got {value}"
+        )
 
 
 def _find_classes(plain: dict[str, Any]) -> tuple[type[CompositeMethod], type[Weighting]]:
@@ -246,18 +281,34 @@ def _check_optimizer_kwargs(cfg: DictConfig) -> None:
     for key in cfg.optimizer.kwargs:
         if key not in options:
             raise unknown_name("optimizer.kwargs", key, options)
+    _try_optimizer(cfg)
+
+
+def _try_optimizer(cfg: DictConfig) -> None:
+    """Refuses arguments that the optimiser cannot use: takes one step with it on a few numbers."""
+    config = cfg.optimizer
+    kwargs: Any = OmegaConf.to_container(config.kwargs)
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    try:
+        optimizer = OPTIMIZERS[config.name](
+            [{"params": [parameter]}], lr=config.lr, weight_decay=config.weight_decay, **kwargs
+        )
+        optimizer.step()
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"optimizer.kwargs: {config.name} cannot use {kwargs} ({line}): change or remove them"
+        ) from None
 
 
 def _check_backbone(cfg: DictConfig) -> None:
-    """Refuses an unknown backbone, or arguments that it does not take."""
-    register_backbone(cfg.backbone.name)
-    kwargs = cfg.backbone.get("kwargs") or {}
-    if kwargs:
-        try:
-            with torch.device("meta"):  # Allocates no memory.
-                build_backbone(cfg.backbone.name, cfg.data.dataset, dict(kwargs))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"backbone.kwargs: {error}".splitlines()[0]) from None
+    """Refuses an unknown backbone, arguments that it does not take, and images of a size that it
+    does not take."""
+    if register_backbone(cfg.backbone.name):
+        kwargs: Any = OmegaConf.to_container(cfg.backbone.get("kwargs") or OmegaConf.create())
+        size = cfg.augmentations[0].crop_size
+        embedding_width(cfg.backbone.name, cfg.data.dataset, kwargs, size)
 
 
 def _check_weighting(cfg: DictConfig, rule: type[Weighting]) -> None:
@@ -334,20 +385,30 @@ def _check_compiler(cpu: bool) -> None:
         )
 
 
-def _resolve_devices(cfg: DictConfig) -> None:
-    """Lets a file that was written for GPUs run on the CPU, and a single device without a
-    strategy."""
-    devices = cfg.devices
+def device_count(devices: Any) -> int:
+    """The number of devices that the key ``devices`` names.
+
+    Raises:
+        ConfigError: neither a number nor a list of numbers.
+    """
     if isinstance(devices, str) and devices.isdigit():
-        cfg.devices = devices = int(devices)
-    listed = OmegaConf.is_list(devices) and all(type(each) is int for each in devices)
-    count = len(devices) if listed else devices
-    if type(count) is not int or count < 1:
+        devices = int(devices)
+    listed = OmegaConf.is_list(devices) or isinstance(devices, list)
+    numbers = listed and all(type(each) is int for each in devices)
+    count = len(devices) if numbers else devices
+    if type(count) is not int or not 1 <= count <= MOST_DEVICES:
         raise ConfigError(
             f"devices: expected a number of devices or a list such as [0], got {devices}"
         )
+    return count
+
+
+def _resolve_devices(cfg: DictConfig) -> None:
+    """Lets a file that was written for GPUs run on the CPU, and a single device without a
+    strategy."""
+    count = device_count(cfg.devices)
     cpu = _trains_on_cpu(cfg)
-    if cpu:
+    if cpu or isinstance(cfg.devices, str):
         cfg.devices = count
     if count * cfg.num_nodes == 1:
         cfg.strategy, cfg.sync_batchnorm = "auto", False

@@ -33,7 +33,7 @@ from grap_solo.data import (
     stop_workers,
 )
 from grap_solo.errors import ConfigError, Diverged, RunStopped
-from grap_solo.methods import CompositeMethod, find_method
+from grap_solo.methods import CompositeMethod
 from grap_solo.records.files import (
     ARGS_FILE,
     CHECKPOINTS_FOLDER,
@@ -48,12 +48,12 @@ from grap_solo.records.files import (
 )
 from grap_solo.report.plots import plot_weights
 from grap_solo.solo import describe_base
+from grap_solo.training.building import build_model, check_batch_norms
 from grap_solo.training.checkpoints import (
     Start,
     check_same_weighting,
     epoch_checkpoints,
     find_start,
-    load_backbone,
     resolve_source,
 )
 from grap_solo.training.config import (
@@ -65,12 +65,18 @@ from grap_solo.training.config import (
     terms_of,
 )
 from grap_solo.training.loggers import is_first_process, wandb_run
+from grap_solo.training.same_run import (
+    check_same_data,
+    data_fingerprints,
+    write_fingerprints,
+)
 from grap_solo.training.signals import (
     AGAIN,
     TERMINATED,
     end_after_step_on_sigterm,
     explain_machine_failure,
 )
+from grap_solo.training.starting_weights import load_backbone
 from grap_solo.training.trainer import key_that_ended, make_trainer
 from grap_solo.training.trials import folder_of_trial, set_trial_aside
 from grap_solo.weighting import find_weighting
@@ -130,12 +136,17 @@ def _pretrain(source: DictConfig, cfg: DictConfig, callbacks: Sequence[Callback]
     _quiet()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
-    train_loader, val_loader, labelled = _loaders(cfg, start.epoch)
-    model = find_method(cfg.method)(cfg)
+    train_loader, val_loader, labelled, fingerprints = _loaders(cfg, start.epoch)
+    if start.path is not None:
+        check_same_data(cfg, directory, fingerprints)
+    model = build_model(cfg)
+    check_batch_norms(model, cfg, labelled)
     if cfg.resume_from_checkpoint is not None:
         check_same_weighting(model, start, "resume_from_checkpoint")
-    if cfg.pretrained_feature_extractor is not None:
-        load_backbone(model, Path(cfg.pretrained_feature_extractor))
+    if cfg.pretrained_feature_extractor is not None and start.path is None:
+        loaded = load_backbone(model, Path(cfg.pretrained_feature_extractor))
+        if is_first_process():
+            print(f"{cfg.name}: {loaded}", flush=True)
     _make_run_folder(directory)
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
@@ -143,6 +154,7 @@ def _pretrain(source: DictConfig, cfg: DictConfig, callbacks: Sequence[Callback]
     end_after_step_on_sigterm(trainer)
     if trainer.is_global_zero:
         _write_configs(source, cfg, directory)
+        write_fingerprints(directory, fingerprints)
         if labelled is not None:
             np.savetxt(directory / LABELS_FILE, labelled, fmt="%d", header="index", comments="")
         resumed = f", resuming after epoch {start.epoch - 1}" if start.epoch else ""
@@ -180,7 +192,7 @@ def _fit(
             if not terminated and not isinstance(end.__context__, KeyboardInterrupt):
                 raise
             if trainer.is_global_zero:
-                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER, cfg.name)
+                saved = epoch_checkpoints(directory / CHECKPOINTS_FOLDER)
                 advice = AGAIN if saved else "start it again"
                 stopped = f"{cfg.name}: stopped after step {trainer.global_step}"
                 print(f"{stopped}: {advice}", file=sys.stderr)
@@ -206,7 +218,7 @@ def _check_finished(
     """Raises a :class:`~grap_solo.errors.RunStopped` if a run is not finished."""
     key, step = key_that_ended(trainer, cfg.max_epochs), trainer.global_step
     if key is not None:
-        saved = epoch_checkpoints(run_dir(cfg) / CHECKPOINTS_FOLDER, cfg.name)
+        saved = epoch_checkpoints(run_dir(cfg) / CHECKPOINTS_FOLDER)
         again = AGAIN if saved else "start it again"
         raise RunStopped(
             f"{key}: {cfg.name} stopped after step {step}, before its {cfg.max_epochs} epochs were "
@@ -221,18 +233,19 @@ def _check_finished(
 
 def _newest(cfg: DictConfig) -> str:
     """Names a run's newest checkpoint, if there is one."""
-    saved = epoch_checkpoints(run_dir(cfg) / CHECKPOINTS_FOLDER, cfg.name)
+    saved = epoch_checkpoints(run_dir(cfg) / CHECKPOINTS_FOLDER)
     return f"; {saved[0]} is from before" if saved else ""
 
 
-def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
-    """The loaders for training, from an epoch on, and validation, and the indexes of the images
-    that keep their labels if not all do. Fills in ``data.num_classes``."""
+def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None, dict[str, Any]]:
+    """The loaders for training, from an epoch on, and validation, the indexes of the images that
+    keep their labels if not all do, and the data's fingerprints. Fills in ``data.num_classes``."""
     val_images: Images | None = None
     if no_validation(cfg):
         train_images = load_images(cfg.data, train=True)
     else:
         train_images, val_images = load_both(cfg.data)
+    fingerprints = data_fingerprints(cfg, train_images, val_images)
     processes = images_per_step(cfg) // cfg.optimizer.batch_size
     if val_images is not None and len(val_images) < processes:
         raise ConfigError(
@@ -252,7 +265,7 @@ def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None]:
         seen = labelled_loader(cfg, held_out, together, epoch)
         train_loader = CombinedLoader({"train": train_loader, "labelled": seen}, "max_size_cycle")
     val_loader = None if val_images is None else evaluation_loader(cfg, val_images, keep=True)
-    return train_loader, val_loader, labelled
+    return train_loader, val_loader, labelled, fingerprints
 
 
 def _make_run_folder(directory: Path) -> None:

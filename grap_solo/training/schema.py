@@ -7,6 +7,7 @@ here. ``scripts/reference.py`` writes ``docs/configuration.md`` from these model
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, create_model
@@ -44,7 +45,7 @@ class Data(Block):
     fraction: float = Field(
         -1, ge=-1, description="The share of the training images to use; -1 uses all."
     )
-    num_workers: int = Field(4, ge=0, description="Processes that load images.")
+    num_workers: int = Field(4, ge=0, le=1024, description="Processes that load images.")
     batched: bool = Field(
         False,
         description="Whether to hold decoded images in memory and to make the views a batch at a "
@@ -93,7 +94,7 @@ class Scheduler(Block):
     min_lr: float | None = unfilled(
         ge=0, description="The learning rate at the end of the cosine. It is not scaled."
     )
-    lr_decay_steps: list[Any] | None = unfilled(
+    lr_decay_steps: list[Annotated[int, Field(ge=0)]] | None = unfilled(
         title="a list of epochs",
         description="`step` alone: the epochs at which the learning rate is divided by 10.",
     )
@@ -101,10 +102,10 @@ class Scheduler(Block):
 
 class Momentum(Block):
     base_tau: float | None = unfilled(
-        ge=0, description="The momentum network's share of the past at the first step."
+        ge=0, le=1, description="The momentum network's share of the past at the first step."
     )
     final_tau: float | None = unfilled(
-        ge=0, description="The momentum network's share of the past at the last step."
+        ge=0, le=1, description="The momentum network's share of the past at the last step."
     )
     classifier: bool | None = unfilled(
         description="Whether a second probe is trained on the momentum network."
@@ -172,7 +173,7 @@ class Configuration(Block):
     optimizer: Optimizer = nested()
     scheduler: Scheduler = nested()
     max_epochs: int = Field(ge=1, description="The epochs to train.")
-    seed: int = Field(5, ge=0, description="The seed of everything random.")
+    seed: int = Field(5, ge=0, le=2**32 - 1, description="The seed of everything random.")
     accelerator: str = Field("auto", description="The Trainer's accelerator: `cpu`, `gpu`, `auto`.")
     devices: Any = Field(
         1,
@@ -211,10 +212,13 @@ class Configuration(Block):
         None, description="A checkpoint to resume. An interrupted run finds its own."
     )
     pretrained_feature_extractor: str | None = Field(
-        None, description="A run's checkpoint from which the backbone starts."
+        None,
+        description="A file of weights from which the backbone starts: a checkpoint of ours or of "
+        "another tool, or a state dict.",
     )
 
 
+@lru_cache(maxsize=64)
 def schema_of(method: type[CompositeMethod], rule: type[Weighting]) -> type[Configuration]:
     """The model of a configuration that trains a method with a weighting rule.
 

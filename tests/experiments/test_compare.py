@@ -175,7 +175,7 @@ def test_a_folder_that_is_not_its_own_is_not_deleted(tmp_path):
 def test_other_runs_in_its_place_are_refused_and_kept(whole):
     directory, _ = whole
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*.json")}
-    with pytest.raises(ConfigError, match="holds a run with another 'max_epochs'"):
+    with pytest.raises(ConfigError, match="holds a run with max_epochs 1, not 2: set it"):
         compare(configuration(directory.parent, "max_epochs=2"), METHODS, [1, 2])
     assert before == {path: path.stat().st_mtime_ns for path in directory.rglob("*.json")}
 

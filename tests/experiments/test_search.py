@@ -281,17 +281,17 @@ def test_a_grap_run_that_was_cut_off_is_done_again(copy):
 @pytest.mark.parametrize(
     ("overrides", "settings", "message"),
     [
-        (["max_epochs=3"], {}, "configuration.max_epochs 2, not 3"),
-        (["seed=6"], {}, "configuration.seed 5, not 6"),
-        ([], {"sampler": "random"}, "sampler 'tpe', not 'random'"),
-        ([], {"pruner": "median"}, "pruner 'none', not 'median'"),
-        ([], {"seed": 1}, "seed 0, not 1"),
+        (["max_epochs=3"], {}, "max_epochs 2, not 3"),
+        (["seed=6"], {}, "seed 5, not 6"),
+        ([], {"sampler": "random"}, "--sampler 'tpe', not 'random'"),
+        ([], {"pruner": "median"}, "--pruner 'none', not 'median'"),
+        ([], {"seed": 1}, "--seed 0, not 1"),
     ],
     ids=str,
 )
 def test_other_settings_in_the_same_folder_are_refused(done, overrides, settings, message):
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.name[-4:] != "lock"}
-    with pytest.raises(ConfigError, match=f"holds a search with {message}: give another"):
+    with pytest.raises(ConfigError, match=f"holds a search with {message}: set it back"):
         search(configuration("weighting.lr=0.2", *overrides), done, 3, **settings)
     for path, time in before.items():
         assert path.stat().st_mtime_ns == time
@@ -301,6 +301,13 @@ def test_where_the_runs_go_and_what_they_are_called_is_no_difference(done):
     before = times(done)
     search(configuration("weighting.lr=0.2", "name=other", "checkpoint.dir=elsewhere"), done, 1)
     assert times(done) == before and len(rows_of(done)) == 4
+
+
+def test_keys_that_change_no_training_may_differ(done, capsys):
+    before = times(done)
+    search(configuration("weighting.lr=0.2", "data.num_workers=1", "+weighting.ema=0"), done, 1)
+    assert "resuming with data.num_workers=1 (before: 0)\n" in capsys.readouterr().out
+    assert times(done) == before
 
 
 @pytest.mark.parametrize(
@@ -409,15 +416,17 @@ def test_a_study_that_another_process_uses_is_not_damaged(tmp_path):
     file = tmp_path / "study.db"
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(ConfigError, match=f"^{file}: another process uses it .*locked"):
-            with _explained_failures(file):
-                study.ask()
+        refused = pytest.raises(ConfigError, match=f"^{file}: another process uses it .*locked")
+        with refused, _explained_failures(file):
+            study.ask()
         other.execute("ROLLBACK")
     study.ask()
 
 
 def test_a_study_that_cannot_be_opened_is_not_damaged(tmp_path):
     (tmp_path / "study.db").mkdir()
-    with pytest.raises(ConfigError, match="study.db: cannot be read or written .unable to open"):
-        with _explained_failures(tmp_path / "study.db"):
-            _open_study(tmp_path, PRUNERS["none"](), {})
+    refused = pytest.raises(
+        ConfigError, match="study.db: cannot be read or written .unable to open"
+    )
+    with refused, _explained_failures(tmp_path / "study.db"):
+        _open_study(tmp_path, PRUNERS["none"](), {})

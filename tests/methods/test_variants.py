@@ -312,7 +312,7 @@ def test_finetuning_starts_at_the_runs_backbone_and_trains_it_with_the_labels(se
         assert torch.equal(started[0][key], value), key
     final = run.model.backbone.conv1[0].weight
     assert not torch.equal(final, started[0]["conv1.0.weight"])
-    with pytest.raises(ConfigError, match="its backbone is not a resnet18"):
+    with pytest.raises(ConfigError, match="does not fit resnet18: "):
         path = newest_checkpoint(parent.directory)
         cfg = configuration(
             parent.directory.parent,

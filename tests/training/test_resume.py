@@ -234,7 +234,7 @@ def test_a_finished_run_is_not_trained_on_nor_is_another_configuration(tmp_path)
     quiet = ["max_epochs=2", "+enable_progress_bar=false"]
     with pytest.raises(Killed):
         pretrain(configuration(tmp_path, *quiet), [killed_at("on_train_epoch_start", 1)])
-    with pytest.raises(ConfigError, match="already holds a run with another 'seed'"):
+    with pytest.raises(ConfigError, match="already holds a run with seed 5, not 9: set it back"):
         pretrain(configuration(tmp_path, *quiet, "seed=9"))
     pretrain(configuration(tmp_path, *quiet))
     with pytest.raises(ConfigError, match="already holds a run: give another name"):

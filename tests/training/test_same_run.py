@@ -1,0 +1,242 @@
+"""Which keys may differ when a run resumes, and that moved runs and data are known again."""
+
+import functools
+import shutil
+
+import numpy as np
+import pytest
+from helpers import METHOD_KWARGS, Killed, digits, killed_at
+from omegaconf import OmegaConf
+from PIL import Image
+
+from grap_solo import ConfigError
+from grap_solo.data import fingerprint
+from grap_solo.data.datasets import ClassFolders, Folder
+from grap_solo.data.parquet import Parquet
+from grap_solo.methods import METHODS
+from grap_solo.training.blocks import block_of
+from grap_solo.training.checkpoints import resolve_source
+from grap_solo.training.run import pretrain
+from grap_solo.training.same_run import find_differences, refuse_differences
+from grap_solo.training.schema import schema_of
+from grap_solo.weighting import WEIGHTINGS
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@functools.cache
+def plain(*overrides):
+    return resolve_source(digits("runs", *overrides))
+
+
+def with_value(config, key, value):
+    cfg = OmegaConf.create(config)
+    OmegaConf.update(cfg, key, value, force_add=True, merge=False)
+    return OmegaConf.to_container(cfg)
+
+
+def defaults(model, prefix=""):
+    """Every key with a default, by its full name."""
+    for name, field in model.model_fields.items():
+        block = block_of(field)
+        if block is not None:
+            yield from defaults(block, f"{prefix}{name}.")
+        elif not field.is_required():
+            yield prefix + name, field.default
+
+
+DEFAULTS = dict(defaults(schema_of(METHODS["all4one"], WEIGHTINGS["grap"])))
+UNFILLED = {
+    "momentum.classifier": False,
+    "scheduler.min_lr": 0.0,
+    "knn_eval.k": 20,
+    "optimizer.exclude_bias_n_norm_wd": False,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "devices": [0],
+    "strategy": "auto",
+    "sync_batchnorm": True,  # A single device has no other to join.
+}
+"""Defaults that the base class or the Trainer has, or what means the same."""
+
+
+@pytest.mark.parametrize("key", [*DEFAULTS, *UNFILLED])
+def test_a_default_that_is_written_out_is_no_difference(key):
+    base = plain("~precision", "~momentum", "~knn_eval")
+    without = OmegaConf.create(base)
+    if OmegaConf.select(without, key) is not None and key not in METHOD_KWARGS["all4one"]:
+        parent, _, name = key.rpartition(".")
+        (OmegaConf.select(without, parent) if parent else without).pop(name)
+    without = OmegaConf.to_container(without)
+    given = with_value(without, key, {**DEFAULTS, **UNFILLED}[key])
+    assert find_differences(without, given) == find_differences(given, without) == []
+    assert find_differences(without, with_value(without, key, None)) == []
+
+
+FREE = {
+    "data.num_workers": 3,
+    "data.download": False,
+    "data.train_path": "elsewhere",
+    "data.val_path": "elsewhere",
+    "accelerator": "auto",
+    "checkpoint.dir": "elsewhere",
+    "checkpoint.frequency": 5,
+    "checkpoint.keep_prev": True,
+    "checkpoint.enabled": False,
+    "wandb.enabled": True,
+    "wandb.project": "other",
+    "name": "other",
+    "log_every_n_steps": 3,
+    "enable_progress_bar": False,
+    "max_time": "00:01:00:00",
+    "max_steps": 4,
+    "tuned_from": {"runs": ["elsewhere"]},
+}
+TRAINED = {
+    "seed": 9,
+    "data.fraction": 0.5,
+    "data.batched": True,
+    "optimizer.lr": 3.0,
+    "optimizer.batch_size": 32,
+    "weighting.lr": 0.3,
+    "weighting.ema": 0.5,
+    "method_kwargs.temperature": 0.3,
+    "momentum.base_tau": 0.5,
+    "augmentations.0.color_jitter.prob": 0.1,
+    "optimizer.kwargs.momentum": 0.8,
+    "limit_train_batches": 2,
+    "precision": "bf16-mixed",
+    "backbone.kwargs.drop_rate": 0.1,
+    "devices": 2,
+}
+
+
+@pytest.mark.parametrize("key", [*FREE, *TRAINED])
+def test_a_difference_is_free_if_it_cannot_change_what_is_trained(key):
+    old, value = plain(), {**FREE, **TRAINED}[key]
+    found = find_differences(old, with_value(old, key, value))
+    assert found and all(each.key.startswith(key) for each in found)
+    if key in FREE:
+        assert refuse_differences(found, "here", "another name") == found
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"^here with {key} .*, not .*another name$"
+        ) as error:
+            refuse_differences(found, "here", "another name")
+        assert repr(value) in str(error.value)
+
+
+def test_a_run_with_keys_that_are_gone_is_compared_by_what_it_gives():
+    old = with_value(plain(), "weighting.gone", 1)
+    (found,) = find_differences(old, plain())
+    assert str(found) == "weighting.gone 1, not None"
+
+
+# ---- runs ---------------------------------------------------------------------------------
+
+
+def draw_folder(root, seed=0, count=16, size=16):
+    random = np.random.default_rng(seed)
+    for name in ("a", "b", "c"):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = random.integers(0, 256, (size, size, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:03d}.png")
+    return root
+
+
+def custom(directory, *overrides):
+    """A run on a folder of images."""
+    changes = [
+        "data.dataset=custom", "data.fraction=-1", f"+data.train_path={directory}/images",
+        f"+data.val_path={directory}/validation", "optimizer.batch_size=16",
+        "method_kwargs.queue_size=16", "name=run", "+enable_progress_bar=false",
+        "augmentations.0.crop_size=16", "augmentations.1.crop_size=16",
+    ]  # fmt: skip
+    return digits(directory / "runs", *changes, *overrides)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stopped")
+    draw_folder(directory / "images")
+    draw_folder(directory / "validation", 1, 2)
+    with pytest.raises(Killed):
+        pretrain(custom(directory), [killed_at("on_train_batch_end", 1)])
+    return directory
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """The whole folder moved: the run and its data."""
+    return shutil.copytree(stopped, tmp_path / "copy")
+
+
+def test_a_moved_and_renamed_run_with_moved_data_resumes(copy, capsys):
+    (copy / "runs" / "run").rename(copy / "runs" / "renamed")
+    changes = ["name=renamed", "data.num_workers=1", "log_every_n_steps=2"]
+    run = pretrain(custom(copy, *changes))
+    output = capsys.readouterr().out
+    assert "resuming after epoch 0" in output
+    for text in (
+        "data.num_workers=1 (before: 0)",
+        "name=renamed (before: run)",
+        "data.train_path=",
+    ):
+        assert text in output
+    assert run.model.weighting.updates == 6
+    (checkpoint,) = (run.directory / "checkpoints").glob("*.ckpt")
+    assert checkpoint.name == "renamed-ep=1.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images: (images / "a/000.png").unlink(), r"48 images before, 47 now"),
+        (lambda images: (images / "a/000.png").rename(images / "a/x.png"), "other names, labels"),
+        (lambda images: (images / "a/000.png").rename(images / "b/x.png"), "other names, labels"),
+        (
+            lambda images: (shutil.rmtree(images), draw_folder(images, size=17)),
+            "other names, labels or sizes",
+        ),
+    ],
+    ids=["missing", "renamed", "relabelled", "resized"],
+)
+def test_other_images_elsewhere_are_refused(copy, change, message):
+    change(copy / "images")
+    with pytest.raises(
+        ConfigError, match=rf"^data\.train_path: .*{message}.*give data\.train_path="
+    ):
+        pretrain(custom(copy))
+
+
+def test_a_run_that_kept_no_fingerprint_stays_with_its_paths(copy):
+    (copy / "runs" / "run" / "data.json").unlink()
+    with pytest.raises(ConfigError, match=r"data\.train_path: .*keeps no fingerprint"):
+        pretrain(custom(copy))
+
+
+def test_a_fingerprint_knows_the_same_images_in_another_folder(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    first, second = draw_folder(tmp_path / "first"), draw_folder(tmp_path / "second")
+    for kind in (ClassFolders, Folder):
+        assert fingerprint(kind(first), str(first)) == fingerprint(kind(second), str(second))
+    found = []
+    for spoiled in (b"x", b"x", b"xy"):
+        table = pyarrow.table({"img": [{"bytes": b"a"}, {"bytes": spoiled}], "label": [0, 1]})
+        file = tmp_path / f"{len(found)}.parquet"
+        pyarrow.parquet.write_table(table, file)
+        found.append(fingerprint(Parquet(file), str(file)))
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_command_line_refuses_in_one_line(copy, capfd):
+    from grap_solo.cli import main
+
+    source = custom(copy, "seed=9")
+    (copy / "run.yaml").write_text(OmegaConf.to_yaml(source))
+    assert main(["pretrain", "--config-path", str(copy), "--config-name", "run"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "already holds a run with seed 5, not 9: set it" in error
