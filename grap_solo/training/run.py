@@ -112,10 +112,10 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     """
     cfg = prepare(source)
     with folder_of_trial(cfg):
-        return _pretrain(source, cfg, callbacks)
+        return _train_into_folder(source, cfg, callbacks)
 
 
-def _pretrain(source: DictConfig, cfg: DictConfig, callbacks: Sequence[Callback]) -> Run:
+def _train_into_folder(source: DictConfig, cfg: DictConfig, callbacks: Sequence[Callback]) -> Run:
     """Trains into the run's folder. See :func:`pretrain`."""
     directory = run_dir(cfg)
     start = Start() if set_trial_aside(source, cfg) else find_start(source, cfg, directory)
