@@ -119,11 +119,16 @@ class Key:
         bounds = [
             "" if self.least is None else f"of {self.least:g} or more",
             "" if self.above is None else f"above {self.above:g}",
-            "" if self.most is None else f"up to {self.most:g}",
+            "" if self.most is None else f"up to {_written_out(self.most)}",
             "" if self.below is None else f"below {self.below:g}",
         ]
         text = " and ".join(each for each in bounds if each)
         return f"{NOUNS[self.kind]} {text}".strip()
+
+
+def _written_out(number: float) -> str:
+    """A number in words: a whole one with all its digits."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def read_keys(keys: Mapping[str, Key], given: Mapping[str, Any], block: str) -> dict[str, Any]:

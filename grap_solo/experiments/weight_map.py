@@ -77,7 +77,7 @@ def map_weights(
         start = _ratios(reference, unit, terms)
         points = [MapPoint("reference weights", [start], _accuracies(runs, BASELINE))]
         if rule != BASELINE:
-            path = _path([cell for cell in cells if cell.method == rule], unit, terms)
+            path = _rule_path([cell for cell in cells if cell.method == rule], unit, terms)
             points.append(MapPoint(rule, path, _accuracies(runs, rule)))
         text = _map_text(runs, pairs, terms, unit, points, len(set(seeds)))
         with whole_file(directory / MAP_FILES[1]) as file:
@@ -126,7 +126,7 @@ def _ratios(weights: Mapping[str, float], unit: str, terms: Sequence[str]) -> tu
     return x, y
 
 
-def _path(cells: Sequence[Cell], unit: str, terms: Sequence[str]) -> list[tuple[float, float]]:
+def _rule_path(cells: Sequence[Cell], unit: str, terms: Sequence[str]) -> list[tuple[float, float]]:
     """The effective weights of the first seed's run, relative to the unit term: the median of every
     epoch's steps. Epochs in which one of them is 0 have no place on a logarithmic axis."""
     for cell in cells:

@@ -53,6 +53,7 @@ from grap_solo.training.checkpoints import (
     Start,
     check_same_weighting,
     epoch_checkpoints,
+    find_not_finite,
     find_start,
     resolve_source,
 )
@@ -126,10 +127,10 @@ def pretrain(source: DictConfig, callbacks: Sequence[Callback] = ()) -> Run:
     source = expand_paths(source)
     cfg = prepare(source)
     with folder_of_trial(cfg):
-        return _pretrain(source, cfg, callbacks)
+        return _train_into_folder(source, cfg, callbacks)
 
 
-def _pretrain(source: DictConfig, cfg: DictConfig, callbacks: Sequence[Callback]) -> Run:
+def _train_into_folder(source: DictConfig, cfg: DictConfig, callbacks: Sequence[Callback]) -> Run:
     """Trains into the run's folder. See :func:`pretrain`."""
     directory = run_dir(cfg)
     start = Start() if set_trial_aside(source, cfg) else find_start(source, cfg, directory)
@@ -224,10 +225,14 @@ def _check_finished(
             f"{key}: {cfg.name} stopped after step {step}, before its {cfg.max_epochs} epochs were "
             f"over, and is not finished: {again}; {key} may then be larger, or left out"
         )
+    bad = find_not_finite(model.state_dict())
+    cause = None if bad is None else f"'{bad}' is not finite at its end"
     if step > start.steps and not model.usable_in_epoch:
+        cause = "no step of the last epoch was finite"
+    if cause is not None:
         raise Diverged(
-            f"{cfg.name}: no step of the last epoch was finite, so the run is not finished: try a "
-            f"lower optimizer.lr, or precision 32-true{_newest(cfg)}"
+            f"{cfg.name}: {cause}, so the run is not finished: try a lower optimizer.lr, or "
+            f"precision 32-true{_newest(cfg)}"
         )
 
 

@@ -208,7 +208,7 @@ def test_any_queue_size_and_last_batch(size):
     pointer = 0
     for seed, batch in enumerate([8, 8, 5, 8, 3, 8]):
         index, views, labels = doubled(image_batch(batch=batch, seed=seed))
-        model.training_step([index, views, labels], 0).backward()
+        take_step(model, [index, views, labels])
         start = max(0, batch - size)
         for label in labels[start:]:
             expected_y[pointer % size] = label
