@@ -1,5 +1,6 @@
 """Programs whose loaders have worker processes end by themselves."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 
 import pytest
 from helpers import ROOT
+
+from grap_solo.data.workers import build_loader
 
 # The loader is still referred to at the end, as by a traceback; its workers ignore SIGTERM.
 SCRIPT = """
@@ -63,3 +66,16 @@ def test_a_program_ends_with_its_loaders_workers(start_method, kind, end, tmp_pa
     finally:
         process.kill()
     assert process.returncode == {"success": 0, "error": 1, "signal": -signal.SIGINT}[end]
+
+
+def test_workers_end_with_an_iterator_that_is_in_a_cycle():
+    """As after an error in a worker, where the exception refers to itself through its traceback."""
+    batches = iter(build_loader([0, 1, 2, 3], 1, batch_size=1))
+    next(batches)
+    (worker,) = batches._workers
+    cycle = [batches]
+    cycle.append(cycle)
+    del batches, cycle
+    start = time.monotonic()
+    gc.collect()
+    assert not worker.is_alive() and time.monotonic() - start < 4  # torch gives up after 5 s.
