@@ -5,15 +5,15 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import in_two_processes, quiet_digits, rows_of, same_in_both, start_process
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, get_args_parser
+from helpers import in_two_processes, quiet_digits, rows_of, same_in_both
 from torch.multiprocessing import ProcessExitedException
 from torch.nn import functional as F
 
@@ -232,13 +232,16 @@ def train(directory, stop=None):
 
 
 def train_by_torchrun(directory):
-    """The training that torchrun starts, and that ends by a SIGTERM to it. Its processes are forks
-    of torchrun's, which spares each the import."""
-    port = str(30500 + os.getpid() % 1000)
-    flags = ["--nproc-per-node=2", "--master-port", port, "script.py"]
-    config, *_ = config_from_args(get_args_parser().parse_args(flags))
-    config.start_method = "fork"
-    elastic_launch(config, train)(directory, "terminate")
+    """The training that torchrun starts, and that ends by a SIGTERM to it."""
+    script = directory / "script.py"
+    script.write_text("import sys, test_distributed; test_distributed.train(*sys.argv[1:])")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--master-port", str(30500 + os.getpid() % 1000), script, directory, "terminate"],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -276,11 +279,9 @@ def test_two_processes_that_were_stopped_go_on_to_the_same_end(how, trained, tmp
             in_two_processes(train, str(tmp_path), how)
         assert not interrupted.exists()
     else:
-        torchrun = start_process(tmp_path / "output", train_by_torchrun, str(tmp_path))
-        torchrun.join()
-        output = (tmp_path / "output").read_text()
-        assert torchrun.exitcode != 0 and "SIGTERM" in output
-        (steps,) = re.findall(r"^run: stopped after step (\d+): start it", output, re.M)
+        stopped = train_by_torchrun(tmp_path)
+        assert stopped.returncode != 0
+        (steps,) = re.findall(r"^run: stopped after step (\d+): start it", stopped.stderr, re.M)
         assert torch.load(interrupted, weights_only=True)["global_step"] == int(steps) < 8
     assert not (tmp_path / "run" / "trained.json").exists()
     in_two_processes(train, str(tmp_path))
