@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig
 from PIL import Image, ImageFilter
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms import v2
 
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.keys import Key, missing_key, read_keys
 
+# ImageNet's, written out: timm has them too, but its import takes seconds in each spawned worker.
+DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MEAN_AND_STD = {
     "digits": ((0.31,) * 3, (0.35,) * 3),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet100": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "imagenet100": (DEFAULT_MEAN, DEFAULT_STD),
 }
 CHANCE = {"prob": Key(float, 0, most=1)}
 BLOCK_KEYS: dict[str, dict[str, Key]] = {
@@ -205,10 +206,7 @@ def _check_block(where: str, block: Any, keys: Mapping[str, Key]) -> None:
 
 
 def _build_normalization(dataset: str, config: DictConfig) -> list[Any]:
-    default = (
-        config.get("mean", IMAGENET_DEFAULT_MEAN),
-        config.get("std", IMAGENET_DEFAULT_STD),
-    )
+    default = (config.get("mean", DEFAULT_MEAN), config.get("std", DEFAULT_STD))
     mean, std = MEAN_AND_STD.get(dataset, default)
     return [
         v2.ToImage(),

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 _started: WeakSet[DataLoader[Any]] = WeakSet()
+
+
+class _Loader(DataLoader[Any]):
+    """Ends its workers also where the garbage collector finds the iterator in a cycle, as after an
+    error in a worker: the queue that would tell them to end is then closed already."""
+
+    def _get_iterator(self) -> Any:
+        iterator: Any = super()._get_iterator()
+        if self.num_workers > 0:
+            finalize(iterator, _end_workers, iterator._workers, os.getpid()).atexit = False
+        return iterator
+
+
+def _end_workers(workers: list[Any], parent: int) -> None:
+    """Ends the workers that still run; does nothing in a worker, which has a copy of the list."""
+    if os.getpid() == parent:
+        for worker in workers:
+            if worker.is_alive():
+                os.kill(worker.pid, signal.SIGALRM)
 
 
 def build_loader(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
@@ -21,21 +41,22 @@ def build_loader(dataset: Dataset[Any], num_workers: int, **options: Any) -> Dat
         num_workers: the number of processes that load; 0 for this process.
         options: further arguments of ``DataLoader``.
     """
-    loader: DataLoader[Any] = DataLoader(
+    loader = _Loader(
         dataset,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_handle_signals,
         **{"pin_memory": torch.cuda.is_available(), **options},
     )
     _started.add(loader)
     return loader
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """Makes a worker ignore SIGTERM. The training ends its step first, and needs its workers until
-    then."""
+def _handle_signals(worker: int) -> None:
+    """Makes a worker ignore SIGTERM: the training ends its step first, and needs its workers until
+    then. SIGALRM ends it with code 0, since torch takes any other end for a crash."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
 def stop_workers() -> None:

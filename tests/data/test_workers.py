@@ -1,5 +1,6 @@
 """Programs whose loaders have worker processes end by themselves."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -9,12 +10,12 @@ import time
 import pytest
 from helpers import ROOT
 
+from grap_solo.data.workers import build_loader
+
 # The loader is still referred to at the end, as by a traceback; its workers ignore SIGTERM.
 SCRIPT = """
 import sys, time, torch
-from omegaconf import OmegaConf
-from helpers import DIGITS
-from grap_solo.compose import compose
+from grap_solo.compose import CONFIGS, compose
 from grap_solo.data import evaluation_loader, load_images, pretrain_loader
 
 if __name__ == "__main__":
@@ -22,7 +23,7 @@ if __name__ == "__main__":
     torch.multiprocessing.set_start_method(start_method)
     changes = ["data.num_workers=1", f"++data.batched={kind == 'batched'}", "++data.fraction=0.1",
                "++data.format=image_folder", "++data.no_labels=false", "++seed=1"]
-    cfg = compose(DIGITS / "all4one.yaml", [*changes, "optimizer.batch_size=8"])
+    cfg = compose(CONFIGS / "digits" / "all4one.yaml", [*changes, "optimizer.batch_size=8"])
     images = load_images(cfg.data, train=True)
     make = evaluation_loader if kind == "evaluated" else lambda c, i: pretrain_loader(c, i, 8)
     loader = make(cfg, images)
@@ -52,7 +53,7 @@ def test_a_program_ends_with_its_loaders_workers(start_method, kind, end, tmp_pa
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", script, start_method, kind, end],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout.readline() == "loaded\n", process.communicate()[1]
     if end == "signal":
@@ -63,3 +64,16 @@ def test_a_program_ends_with_its_loaders_workers(start_method, kind, end, tmp_pa
     finally:
         process.kill()
     assert process.returncode == {"success": 0, "error": 1, "signal": -signal.SIGINT}[end]
+
+
+def test_workers_end_with_an_iterator_that_is_in_a_cycle():
+    """As after an error in a worker, where the exception refers to itself through its traceback."""
+    batches = iter(build_loader([0, 1, 2, 3], 1, batch_size=1))
+    next(batches)
+    (worker,) = batches._workers
+    cycle = [batches]
+    cycle.append(cycle)
+    del batches, cycle
+    start = time.monotonic()
+    gc.collect()
+    assert not worker.is_alive() and time.monotonic() - start < 4  # torch gives up after 5 s.

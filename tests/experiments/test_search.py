@@ -3,25 +3,26 @@
 import contextlib
 import csv
 import json
-import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
 import yaml
-from helpers import digits
+from helpers import digits, output_of, start_process
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from grap_solo import ConfigError
 from grap_solo.experiments.search import (
     PRUNERS,
+    Reporter,
     _claim_directory,
     _explained_failures,
     _history,
@@ -32,9 +33,11 @@ from grap_solo.experiments.search import (
 from grap_solo.experiments.search_report import SearchRow, _table
 from grap_solo.methods import GrapAll4One
 
-# A tenth of the images in batches of 32: 3 steps an epoch.
-FEW = ["++data.fraction=0.1", "optimizer.batch_size=32", "+enable_progress_bar=false",
-       "checkpoint.enabled=false"]  # fmt: skip
+# 3 steps of 16 images an epoch, with small heads.
+FEW = ["++data.fraction=0.05", "optimizer.batch_size=16", "+enable_progress_bar=false",
+       "checkpoint.enabled=false", "method_kwargs.proj_hidden_dim=32",
+       "method_kwargs.pred_hidden_dim=32", "method_kwargs.proj_output_dim=16",
+       "method_kwargs.queue_size=128"]  # fmt: skip
 REFERENCE = {"nnclr": 0.5, "attn_nnclr": 0.5, "byol": 2.5, "barlow": 2.5}
 TERMS = list(REFERENCE)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -159,25 +162,20 @@ def test_the_table_has_the_best_complete_trial_so_far():
     assert len({len(line) for line in lines}) == 1
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-import torch
-from omegaconf import OmegaConf
-from grap_solo.experiments.search import Reporter, search
+def search_and_wait(file, directory, threads):
+    """A search that never comes back from its last trial's first validation."""
+    torch.set_num_threads(threads)
+    report = Reporter.on_validation_end
 
-torch.set_num_threads(int(sys.argv[3]))
-report = Reporter.on_validation_end
+    def report_and_wait(self, trainer, module):
+        report(self, trainer, module)
+        if self.trial.number == 13 and not trainer.sanity_checking:
+            print("in the middle", flush=True)
+            time.sleep(600)
 
-def report_and_wait(self, trainer, module):
-    report(self, trainer, module)
-    if self.trial.number == 13 and not trainer.sanity_checking:
-        print("in the middle", flush=True)
-        time.sleep(600)
-
-Reporter.on_validation_end = report_and_wait
-search(OmegaConf.load(sys.argv[1]), Path(sys.argv[2]), 14)
-"""
+    # The process lives for this one search: what is changed need not be changed back.
+    Reporter.on_validation_end = report_and_wait
+    search(OmegaConf.load(file), directory, 14)
 
 
 def test_a_killed_search_goes_on_as_if_it_had_not_been(copy, tmp_path):
@@ -189,14 +187,14 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(copy, tmp_path):
 
     file = tmp_path / "config.yaml"
     OmegaConf.save(configuration("weighting.lr=0.2"), file)
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, file, killed, torch.get_num_threads()]
-    command = [str(each) for each in command]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-        assert "in the middle\n" in iter(process.stdout.readline, ""), process.stderr.read()
-        os.kill(process.pid, signal.SIGKILL)
-        assert "study" not in process.stderr.read()  # Optuna is silent.
-    assert process.returncode == -signal.SIGKILL
+    output = tmp_path / "output"
+    process = start_process(output, search_and_wait, file, killed, torch.get_num_threads())
+    while "in the middle\n" not in (output.read_text() if output.exists() else ""):
+        assert process.is_alive(), output.read_text()
+        time.sleep(0.02)
+    process.kill()
+    text = output_of(process, output, -signal.SIGKILL)
+    assert "study" not in text  # Optuna is silent.
     left = study_of(killed).trials[-1]
     assert left.state == TrialState.RUNNING and list(left.intermediate_values) == [0]
     (killed / "trial-013" / "junk").write_text("of the run that was cut off")
@@ -249,7 +247,8 @@ def test_the_pruner_sees_every_epoch_and_spares_a_run_at_its_end(copy, epoch, st
     study = study_of(copy)
     settings = {**study.user_attrs["settings"], "sampler": "random", "pruner": "median"}
     study.set_user_attr("settings", settings)
-    add_trials(copy, 5, value=1.0, intermediate={epoch: 101.0})
+    # After the epoch they are better than any run, before it worse.
+    add_trials(copy, 5, value=1.0, intermediate={0: 0.0, epoch: 101.0})
     go_on(copy, 8, sampler="random", pruner="median")
     trials = _history(study_of(copy))
     for trial in trials[:2]:
@@ -273,7 +272,7 @@ def test_a_grap_run_that_was_cut_off_is_done_again(copy):
     file.unlink()
     go_on(copy, 2)
     assert json.loads(file.read_text())["accuracy"] == result["accuracy"]
-    changed = {path for path, time in times(copy).items() if time != before[path]}
+    changed = {path for path, written in times(copy).items() if written != before[path]}
     assert {path.parts[0] for path in changed} == {"grap_tuned"}
     assert Path("grap_tuned/config.yaml") in changed
 
@@ -293,8 +292,8 @@ def test_other_settings_in_the_same_folder_are_refused(done, overrides, settings
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.name[-4:] != "lock"}
     with pytest.raises(ConfigError, match=f"holds a search with {message}: set it back"):
         search(configuration("weighting.lr=0.2", *overrides), done, 3, **settings)
-    for path, time in before.items():
-        assert path.stat().st_mtime_ns == time
+    for path, written in before.items():
+        assert path.stat().st_mtime_ns == written
 
 
 def test_where_the_runs_go_and_what_they_are_called_is_no_difference(done):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import runpy
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, ROOT, SMALL, digits, output_of, rows_of, start_command
+from helpers import DIGITS, ROOT, SMALL, digits, output_of, rows_of, start_command, start_process
 from omegaconf import OmegaConf
 
 from grap_solo import ConfigError
@@ -309,6 +310,12 @@ def command(*arguments, cwd=None):
     )
 
 
+def run_script(*command):
+    """Runs a script as ``python SCRIPT ARGUMENTS`` does; its end is the process's."""
+    sys.argv = list(map(str, command))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 @pytest.mark.slow
 def test_pretrain_and_retrain_from_the_command_line(tmp_path):
     output = tmp_path.with_name("output")
@@ -321,9 +328,8 @@ def test_pretrain_and_retrain_from_the_command_line(tmp_path):
     first, second = (tmp_path / "runs" / name / "weights.csv" for name in ("first", "again"))
     assert first.read_bytes() == second.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    script = [sys.executable, str(ROOT / "scripts" / "retrain_median.py"), "runs/first"]
-    tuned = subprocess.run([*script, "max_epochs=1"], capture_output=True, text=True, cwd=tmp_path)
-    assert tuned.returncode == 0, tuned.stderr
+    script = ROOT / "scripts" / "retrain_median.py", "runs/first", "max_epochs=1"
+    output_of(start_process(output, run_script, *script, cwd=tmp_path), output)
     _, steps, weights = read_weights(tmp_path / "runs" / "first_tuned" / "weights.csv")
     median = median_weights(tmp_path / "runs" / "first" / "weights.csv")
     assert len(steps) == 3
