@@ -215,16 +215,28 @@ class Weighting(nn.Module, ABC):
                 weights are ``e = s w / sqrt(w^T C w)``, where ``s`` is the norm to reach.
             evidence: statistics of the batch that the rule learns from; the same batch when None.
         """
+        # Taken first: an average over the steps must not count this one twice.
+        gramian = self.scale_gramian(statistics) if evidence is None else statistics.gramian
         weights = self.direction(statistics if evidence is None else evidence)
         if self.scale == "none":
             return weights
-        gramian = statistics.gramian
         assert gramian is not None
         weights = weights.to(gramian.dtype)
         unit = weights / composite_norm(weights, gramian)
         if self.scale == "reference":
             return unit * composite_norm(self.reference.to(gramian.dtype), gramian)
         return unit if self.scale == "unit" else unit * float(self.scale)
+
+    def scale_gramian(self, statistics: Statistics) -> Tensor | None:
+        """The Gramian with which ``scale`` measures norms, shape (K, K)."""
+        return statistics.gramian
+
+    def set_total_steps(self, steps: int) -> None:
+        """Tells the rule how many batches the run has, before the first of them.
+
+        Args:
+            steps: the batches on each device, over all epochs.
+        """
 
     def head_weights(self, effective: Tensor) -> Tensor:
         """The factor of each term for its own head, shape (K,)."""
