@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,9 +134,15 @@ class GraP(Weighting):
         options = super().read_options(apply_recipe(given))
         return options if options["lr_per_run"] is None else {**options, "lr": None}
 
-    def set_total_steps(self, steps: int) -> None:
-        if self.options["lr_per_run"] is not None:
-            self.lr = self.options["lr_per_run"] / steps
+    def set_total_steps(self, steps: float) -> None:
+        if self.options["lr_per_run"] is None:
+            return
+        if not 1 <= steps < math.inf:
+            raise ConfigError(
+                f"weighting.lr_per_run: needs a run of a known length, got {steps:g} batches: set "
+                "max_epochs, or give weighting.lr instead"
+            )
+        self.lr = self.options["lr_per_run"] / steps
 
     def direction(self, statistics: Statistics) -> Tensor:
         assert statistics.gramian is not None
