@@ -289,6 +289,9 @@ class CompositeMethod(RecordedMethod, ABC):
         held_out = None if labelled is None else self._embed_held_out(labelled[1])
 
         self.weighting.train(self.current_epoch >= self.weighting.warmup_epochs)
+        if self.weighting.follows_schedule:
+            group = self.trainer.optimizers[0].param_groups[0]
+            self.weighting.lr_factor = group["lr"] / group.get("initial_lr", group["lr"])
         if batch_idx == 0 and self.current_epoch:
             self.weighting.end_epoch()  # After the last epoch's checkpoint has been saved.
         truth = (batch if labelled is None else labelled)[2]

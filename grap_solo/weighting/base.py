@@ -128,6 +128,13 @@ class Weighting(nn.Module, ABC):
     downstream_weight = 0.0
     """The weight with which the downstream loss reaches the backbone."""
 
+    lr_factor = 1.0
+    """The factor of the rule's own learning rate. A training loop sets it before each step if
+    :attr:`follows_schedule`."""
+
+    follows_schedule = False
+    """Whether the rule's learning rate has the schedule of the trainer's optimiser."""
+
     bypass_checked = False
     """Whether the terms are known to reach the backbone through the embedding alone."""
 

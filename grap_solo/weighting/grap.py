@@ -107,6 +107,7 @@ class GraP(Weighting):
     ) -> None:
         super().__init__(terms, reference, **given)
         self.lr: float | None = self.options["lr"]
+        self.follows_schedule = self.options["lr_schedule"] == "optimizer"
         self.optimizer: str = self.options["optimizer"]
         self.normalization: str = self.options["normalization"]
         self.absolute: bool = self.options["parametrization"] == "abs"
@@ -219,7 +220,7 @@ class GraP(Weighting):
             mean = exp_avg / (1 - 0.9**updates)
             deviation = (exp_avg_sq / (1 - 0.999**updates)).sqrt()
             step = mean / (deviation + 1e-8)
-        moved = raw + self.lr * step
+        moved = raw + self.lr * self.lr_factor * step
         moved = moved if self.absolute else moved.clamp(min=0)
         new_state += [(self.weights, moved), (self.updates, updates)]
 

@@ -10,12 +10,14 @@ from grap_solo.keys import Key
 from grap_solo.weighting.base import treatment_keys
 
 NORMALIZATIONS = ("gradient", "sum", "none")
+LR_SCHEDULES = ("constant", "optimizer")
 PARAMETRIZATIONS = ("clip", "abs")
 WEIGHT_OPTIMIZERS = ("adam", "sgd")
 
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {
         "lr": 0.1,
+        "lr_schedule": "optimizer",
         "optimizer": "adam",
         "normalization": "gradient",
         "parametrization": "abs",
@@ -46,8 +48,7 @@ GRAP_KEYS = {
         float,
         above=0,
         default=0.1,
-        doc="How far one step moves the terms' weights. It is not scaled with the batch size "
-        "and has no schedule.",
+        doc="How far one step moves the terms' weights. It is not scaled with the batch size.",
     ),
     "lr_per_run": Key(
         float,
@@ -58,6 +59,15 @@ GRAP_KEYS = {
         "of `warmup_epochs` included: the weights move the same way in a short run and a long "
         "one. Give it instead of `lr`. In a loop of your own, call "
         "`weighting.set_total_steps(N)`.",
+    ),
+    "lr_schedule": Key(
+        str,
+        choices=LR_SCHEDULES,
+        default="constant",
+        doc="Whether the weights' learning rate stays as it is (`constant`) or warms up and falls "
+        "with the `optimizer`'s: it is multiplied by that learning rate divided by its peak. The "
+        "authors' training has one schedule for all (configure_optimizers in solo/methods/base.py "
+        "of their solo-learn fork). In a loop of your own, set `weighting.lr_factor`.",
     ),
     "optimizer": Key(
         str,
@@ -77,8 +87,8 @@ GRAP_KEYS = {
         choices=PARAMETRIZATIONS,
         default="clip",
         doc="How the weights stay at 0 or above: `clip`, each step ends with max(w, 0) (arXiv "
-        "2605.07756, Alg. 1); `abs`, w = |v|, where v is learned and |v| has the gradient 1 at 0 "
-        "(`weights_parametrization` of the authors' optimiser).",
+        "2605.07756, Alg. 1); `abs`, w = abs(v), where v is learned and the "
+        "gradient of abs at 0 is 1 (`weights_parametrization` of the authors' optimiser).",
     ),
     "ema": Key(
         float,
@@ -111,8 +121,8 @@ GRAP_KEYS = {
         float,
         least=0,
         default=0.0,
-        doc="Subtracts this times (|u| - 1)^2 from the objective, where u_k is a weight times the "
-        "norm of its term's gradient: the cosine alone does not depend on the size of the "
+        doc="Subtracts this times (norm(u) - 1)^2 from the objective, where u_k is a weight times "
+        "the norm of its term's gradient: the cosine alone does not depend on the size of the "
         "weights, so nothing else holds it (`regularization` of the authors' optimiser).",
     ),
     "warmup_epochs": Key(
@@ -143,6 +153,6 @@ def apply_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     name = own.get("recipe")
     recipe = dict(RECIPES.get(name, {}) if isinstance(name, str) else {})
-    if "lr_per_run" in own:
-        recipe.pop("lr", None)
+    if "lr_per_run" in own:  # In place of all that the recipe says about the learning rate.
+        recipe = {key: value for key, value in recipe.items() if key not in ("lr", "lr_schedule")}
     return recipe | own

@@ -199,7 +199,17 @@ def test_a_recipe_is_the_keys_that_it_sets_and_a_given_key_wins():
     changed = GraP(TERMS, recipe="paper", heads="unweighted", norm_ema=0.5)
     assert changed.heads == "unweighted" and changed.norm_ema == 0.5 and changed.absolute
     assert GraP(TERMS, recipe="paper", heads=None).heads == "reference"  # null is left out
-    assert GraP(TERMS, recipe="paper", lr_per_run=2.0).lr is None
+    per_run = GraP(TERMS, recipe="paper", lr_per_run=2.0)  # Instead of all about the recipe's.
+    assert per_run.lr is None and not per_run.follows_schedule
+
+
+def test_a_schedules_factor_multiplies_the_learning_rate():
+    weighting, plain = grap(recipe="paper"), grap(recipe="paper")
+    assert weighting.follows_schedule and weighting.lr_factor == 1
+    for step in range(5):
+        weighting.lr_factor = 0.5**step
+        plain.lr = 0.1 * 0.5**step
+        assert torch.equal(weighting(statistics(step)), plain(statistics(step)))
 
 
 @pytest.mark.parametrize("recipe", [None, "paper"])

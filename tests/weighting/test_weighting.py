@@ -246,6 +246,7 @@ def test_grap_finds_the_useful_term_and_is_never_negative(seed):
         ({"name": "grap", "recipe": "paper", "ema": 1}, "weighting.ema: .*below 1"),
         ({"name": "grap", "lr": 0.1, "lr_per_run": 1.0}, "weighting.lr_per_run: weighting.lr is"),
         ({"name": "grap", "lr_per_run": 0}, "weighting.lr_per_run: .*above 0"),
+        ({"name": "grap", "lr_schedule": "cosine"}, "weighting.lr_schedule"),
         ({"name": "grap", "norm_ema": 1.0}, "weighting.norm_ema: .*below 1"),
         ({"name": "grap", "average_first": 2.5}, "weighting.average_first: .*whole number"),
         ({"name": "grap", "regularization": -1.0}, "weighting.regularization: .*0 or more"),
