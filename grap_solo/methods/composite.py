@@ -289,9 +289,6 @@ class CompositeMethod(RecordedMethod, ABC):
         held_out = None if labelled is None else self._embed_held_out(labelled[1])
 
         self.weighting.train(self.current_epoch >= self.weighting.warmup_epochs)
-        if self.weighting.follows_schedule:
-            group = self.trainer.optimizers[0].param_groups[0]
-            self.weighting.lr_factor = group["lr"] / group.get("initial_lr", group["lr"])
         if batch_idx == 0 and self.current_epoch:
             self.weighting.end_epoch()  # After the last epoch's checkpoint has been saved.
         truth = (batch if labelled is None else labelled)[2]
@@ -365,6 +362,13 @@ class CompositeMethod(RecordedMethod, ABC):
         if not self.weighting.active and self.momentum_classifier is None:
             return {}  # No term and no classifier uses the momentum networks.
         return super()._shared_step_momentum(X, targets)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Gives the weighting the optimiser's schedule, if it follows it."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.weighting.follows_schedule:
+            group = self.trainer.optimizers[0].param_groups[0]
+            self.weighting.lr_factor = group["lr"] / group.get("initial_lr", group["lr"])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Updates, after an optimiser step, a weighting that needs the losses after it."""
