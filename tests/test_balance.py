@@ -146,13 +146,14 @@ def test_labels_reach_the_backbone_through_the_weights_alone(weighting):
     assert not torch.equal(probe, net.probe.weight.grad)
 
 
-@pytest.mark.parametrize("mode", ["sum", "weights"])
-def test_a_shared_head_gets_the_sum_or_the_weighted_sum(mode):
+@pytest.mark.parametrize("heads", ["unweighted", "reference", "weighted"])
+@pytest.mark.parametrize("mode", ["sum", "weights", "aligned_mtl"])
+def test_a_shared_head_gets_the_sum_the_weighted_sum_or_the_aligned_sum(mode, heads):
     net = Net(3, 2)
     projector = nn.Linear(5, 5).double()
-    weighting = GraP(net.names, {"term0": 0.5, "term1": 2.0, "term2": 1.0}, shared_heads=mode)
-    weighting.double()
-    shared = SharedHead(net.names)
+    reference = {"term0": 0.5, "term1": 2.0, "term2": 1.0}
+    weighting = GraP(net.names, reference, shared_heads=mode, heads=heads).double()
+    shared = SharedHead(net.names, projector.parameters())
 
     def terms(*z, route=shared):
         out = [projector(each) for each in z]
@@ -165,14 +166,23 @@ def test_a_shared_head_gets_the_sum_or_the_weighted_sum(mode):
     step = balance(net.embed(), terms, net.downstream, weighting, shared)
     step.loss.backward()
     losses = terms(*[each.detach() for each in net.embed()], route=None)
-    weights = torch.ones(3) if mode == "sum" else step.weights
-    expected = gradients(sum(w * each for w, each in zip(weights, losses.values())), projector)
+    head_weights = weighting.head_weights(step.weights)
+    if mode == "aligned_mtl":
+        rows = [gradients(each, projector) for each in losses.values()]
+        matrix = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+        left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+        aligned = (sizes.min() * left @ right).sum(0)
+        expected = aligned.split([p.numel() for p in projector.parameters()])
+        expected = [e.view_as(p) for e, p in zip(expected, projector.parameters())]
+    else:
+        weights = head_weights if mode == "sum" else step.weights
+        expected = gradients(sum(w * each for w, each in zip(weights, losses.values())), projector)
     torch.testing.assert_close([p.grad for p in projector.parameters()], list(expected))
     # The Gramian is of the unweighted terms, also on the second step, after scales were set.
     again = balance(net.embed(), terms, net.downstream, weighting.eval(), shared)
     torch.testing.assert_close(again.statistics.gramian, step.statistics.gramian)
     for k, name in enumerate(net.names):
-        own = gradients(losses[name], net.heads[k])
+        own = gradients(head_weights[k] * losses[name], net.heads[k])
         torch.testing.assert_close([p.grad for p in net.heads[k].parameters()], list(own))
 
 

@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessExitedException
 from torch.nn import functional as F
 
 from grap_solo import balance, build_weighting
-from grap_solo.balance import HeldOut
+from grap_solo.balance import HeldOut, SharedHead
 from grap_solo.data import evaluation_loader, load_images
 from grap_solo.data.sampling import ShareSampler
 from grap_solo.methods import GrapAll4One
@@ -29,6 +29,8 @@ RULES = {
     "grap": {"name": "grap", "scale": "unit"},
     "grap_held_out": {"name": "grap"},
     "grap_ema": {"name": "grap", "ema": 0.5},
+    "grap_paper": {"name": "grap", "recipe": "paper", "average_first": 2, "ema": 0.5},
+    "grap_aligned_mtl": {"name": "grap", "shared_heads": "aligned_mtl", "regularization": 1.0},
     "gradnorm": {"name": "gradnorm"},
     "dwa": {"name": "dwa"},
     "mgda": {"name": "mgda"},
@@ -65,7 +67,15 @@ def steps(part, rule, count=4):
     images, others, labels = images[part], others[part], labels[part]
     weighting = build_weighting(RULES[rule], ["a", "b"], {"a": 0.5, "b": 2.0}).double()
 
+    shared = SharedHead(["a", "b"], head.parameters()) if rule == "grap_aligned_mtl" else None
+
     def terms(z):
+        if shared is not None:
+            out = head(z)
+            return {
+                "a": shared(out, "a").square().mean(),
+                "b": torch.tanh(shared(out, "b") - 1).mean(),
+            }
         return {"a": head(z).square().mean(), "b": torch.tanh(z).mean() + 2}
 
     weights = []
@@ -80,7 +90,8 @@ def steps(part, rule, count=4):
             terms,
             lambda z: F.cross_entropy(probe(z), labels),
             weighting,
-            held_out=held_out,
+            shared,
+            held_out,
         )
         step.loss.backward()
         weights.append(step.weights.double())
@@ -175,6 +186,7 @@ def test_what_is_not_finite_in_one_process_is_known_to_both(both):
 
 def configuration(directory):
     overrides = ["devices=2", "+strategy=ddp", "optimizer.batch_size=31"]
+    overrides += ["weighting.lr=null", "+weighting.lr_per_run=0.8"]  # 8 steps: 0.1 a step.
     return quiet_digits(directory, *overrides)
 
 
@@ -222,6 +234,7 @@ def train(directory, stop=None):
     share = hits[1].item()
     dist.all_reduce(hits)
     seen = {
+        "lr": model.weighting.lr,
         "same": same_in_both([*tensors, *model.weighting.state_dict().values()]),
         "gathered": gathered,
         "accuracy": run.accuracy,
@@ -258,6 +271,7 @@ def test_all4one_trains_for_two_epochs_in_two_processes(trained):
     # Each step both processes' images go into both queues, the first one's first, as solo-learn's.
     steps = list(zip(ranks[0]["gathered"], ranks[1]["gathered"], strict=True))
     assert len(steps) == 2 * (251 // 2 // 31)
+    assert [rank["lr"] for rank in ranks] == [0.8 / len(steps)] * 2
     for first, second in steps:
         assert first[0] == second[0] == first[1] + second[1]
         assert first[2] == second[2] == first[3] + second[3] and set(second[3]) == {-1}

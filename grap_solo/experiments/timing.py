@@ -49,6 +49,8 @@ class Contender:
         self.model.parameter_space_every = (
             0  # Every step would measure it: without a trainer the step is 0.
         )
+        if hasattr(self.model, "weighting"):  # Without a trainer; the length costs no time.
+            self.model.weighting.set_total_steps(1000)
         self.model.log = self.model.log_dict = lambda *args, **kwargs: None
         self.optimizer = self.model.configure_optimizers()
         dtype = AUTOCAST.get(str(cfg.get("precision")))

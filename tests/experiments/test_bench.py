@@ -36,6 +36,15 @@ def test_a_step_gives_backbone_heads_and_probe_gradients_and_moves_them(surrogat
     assert "momentum_backbone" in moved
 
 
+@pytest.mark.parametrize(
+    "rule", ["grap, recipe: paper", "grap, lr_per_run: 1.0, lr_schedule: optimizer"]
+)
+def test_a_learning_rate_that_depends_on_the_trainer_is_timed_without_one(rule):
+    cfg = configuration(rule)
+    mine = Contender(cfg, random_batch(cfg))
+    assert mine.seconds() > 0 and mine.model.weighting.updates == 1
+
+
 def test_k_backwards_trains_the_heads_as_the_surrogate_does():
     gradients = []
     for surrogate in (None, k_backwards):

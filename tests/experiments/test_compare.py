@@ -18,6 +18,7 @@ from grap_solo.evaluation.offline import rankme
 from grap_solo.experiments.compare import compare
 from grap_solo.experiments.grid import plan, read_grid
 from grap_solo.report.tables import p_values, table_of_methods, table_of_runs
+from grap_solo.training.config import prepare, terms_of
 from grap_solo.weighting import WEIGHTINGS
 
 GRIDS = sorted((ROOT / "configs" / "table3").glob("*.yaml"))
@@ -187,10 +188,18 @@ def test_the_papers_grid_is_planned(file):
     local = ["accelerator=cpu"]
     cfg, grid = read_grid(file.resolve(), [*local, "++data.train_path=x"], load)
     cells = plan(cfg, grid["methods"], grid["seeds"], grid["definitions"])
-    assert len(cells) == 32 and len({cell.directory for cell in cells}) == 32
+    assert len(cells) == 36 and len({cell.directory for cell in cells}) == 36
     assert cells[0].cfg.data.dataset == file.stem
     rows = ["fixed", "without_attn_nnclr", "equal", "gradnorm", "dwa", "mgda", "grap"]
-    assert list(dict.fromkeys(cell.method for cell in cells)) == [*rows, "grap_tuned"]
+    rows += ["grap_four_terms", "grap_tuned"]  # In the order of training.
+    assert list(dict.fromkeys(cell.method for cell in cells)) == rows
+    for cell in cells:
+        joined = cell.cfg.method_kwargs.get("join_feature_loss", False)
+        assert joined == (cell.method in ("grap", "grap_tuned"))
+        if cell.method in ("grap", "grap_four_terms"):
+            assert cell.cfg.weighting == {"name": "grap", "recipe": "paper"}
+        rest = ["feature"] if joined else ["byol", "barlow"]
+        assert list(terms_of(prepare(cell.cfg))) == ["nnclr", "attn_nnclr", *rest]
     without = next(cell for cell in cells if cell.method == "without_attn_nnclr")
     assert without.cfg.weighting.weights.attn_nnclr == 0
     tuned = cells[-1]

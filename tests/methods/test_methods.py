@@ -84,7 +84,7 @@ def outputs_of(model, views):
 # ---- one step -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared_heads", ["sum", "weights"])
+@pytest.mark.parametrize("shared_heads", ["sum", "weights", "aligned_mtl"])
 @pytest.mark.parametrize("separate", [False, True], ids=["one_projector", "separate"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_grap_step_is_algorithm_1_on_the_real_terms(name, separate, shared_heads):
@@ -120,17 +120,23 @@ def test_a_grap_step_is_algorithm_1_on_the_real_terms(name, separate, shared_hea
     by_probe = torch.autograd.grad(sum(probe) / 2, model.classifier.weight)[0]
     torch.testing.assert_close(actual.pop("classifier.weight"), by_probe)
     assert len(actual) > 20
+    plain = dict.fromkeys(terms, 1.0)
+    shared = {"sum": plain, "weights": weights}.get(shared_heads)
+    if (
+        shared is None and not separate
+    ):  # sigma_min U S^-1 U^T 1, of the matrix U S V^T of the projector's gradients.
+        rows = [[g.flatten() for n, g in by_term[t].items() if "projector." in n] for t in terms]
+        left, sizes, _ = torch.linalg.svd(torch.stack([torch.cat(row) for row in rows]), False)
+        shared = dict(zip(terms, sizes.min() * (left / sizes @ left.T).sum(1)))
     for key, gradient in actual.items():
         if key.startswith("classifier"):
             continue
-        weighted = key.startswith("backbone") or (
-            shared_heads == "weights" and not separate and key.startswith("projector.")
-        )
-        expected = sum(
-            (weights[term] if weighted else 1.0) * found[key]
-            for term, found in by_term.items()
-            if key in found
-        )
+        factors = plain
+        if key.startswith("backbone"):
+            factors = weights
+        elif key.startswith("projector.") and not separate:
+            factors = shared
+        expected = sum(factors[t] * found[key] for t, found in by_term.items() if key in found)
         torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-9, msg=key)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from grap_solo import GraP, Statistics, build_weighting
 from grap_solo.weighting import CAUSES, WEIGHTINGS
-from grap_solo.weighting.grap import NORMALIZATIONS, WEIGHT_OPTIMIZERS, objective
+from grap_solo.weighting.grap import objective
+from grap_solo.weighting.grap_keys import NORMALIZATIONS, WEIGHT_OPTIMIZERS
 
 RULES = sorted(WEIGHTINGS)
 GRADIENT_RULES = sorted(name for name in RULES if WEIGHTINGS[name].uses_gradients)
@@ -271,6 +272,7 @@ def test_a_step_that_is_not_finite_is_not_learned_from(name, path, value, where,
 STATES = [
     *({"name": name} for name in RULES),
     {"name": "grap", "ema": 0.9},
+    {"name": "grap", "recipe": "paper", "average_first": 3, "ema": 0.9},
     {"name": "grap", "optimizer": "sgd"},
     {"name": "gradnorm", "scale": "reference"},
 ]
@@ -469,6 +471,7 @@ GRAPS = st.fixed_dictionaries(
         "optimizer": st.sampled_from(WEIGHT_OPTIMIZERS),
         "normalization": st.sampled_from(NORMALIZATIONS),
         "ema": st.sampled_from([0.0, 0.5, 0.99]),
+        "average_first": st.sampled_from([0, 3]),
         "lr": st.sampled_from([0.01, 0.1, 1.0]),
     }
 )

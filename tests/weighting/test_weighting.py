@@ -15,7 +15,8 @@ from grap_solo import (
     balance,
     build_weighting,
 )
-from grap_solo.weighting.grap import NORMALIZATIONS, objective, objective_gradient
+from grap_solo.weighting.grap import objective, objective_gradient
+from grap_solo.weighting.grap_keys import NORMALIZATIONS
 
 
 def statistics(count: int, seed: int, dimension: int = 50) -> tuple[Statistics, torch.Tensor]:
@@ -96,9 +97,10 @@ def vanished(stats):
     return Statistics(stats.losses, zero, 0 * stats.products, stats.downstream_norm)
 
 
+@pytest.mark.parametrize("keys", [{}, {"recipe": "paper", "regularization": 1.0}])
 @pytest.mark.parametrize("spoil", [unlabelled, not_finite, vanished])
-def test_a_step_that_cannot_be_used_changes_no_state(spoil):
-    weighting = GraP(names(3)).double()
+def test_a_step_that_cannot_be_used_changes_no_state(spoil, keys):
+    weighting = GraP(names(3), **keys).double()
     for step in range(3):
         weighting(statistics(3, step)[0])
     before = {key: value.clone() for key, value in weighting.state_dict().items()}
@@ -239,6 +241,16 @@ def test_grap_finds_the_useful_term_and_is_never_negative(seed):
         ({"name": "grap", "scale": -1.0}, "weighting.scale: .*above 0"),
         ({"name": "grap", "shared_heads": "mean"}, "weighting.shared_heads"),
         ({"name": "grap", "warmup_epochs": -1}, "weighting.warmup_epochs"),
+        ({"name": "grap", "recipe": "papr"}, "weighting.recipe: .*did you mean 'paper'"),
+        ({"name": "grap", "recipe": 1}, "weighting.recipe: expected one of paper, got 1"),
+        ({"name": "grap", "recipe": "paper", "ema": 1}, "weighting.ema: .*below 1"),
+        ({"name": "grap", "lr": 0.1, "lr_per_run": 1.0}, "weighting.lr_per_run: weighting.lr is"),
+        ({"name": "grap", "lr_per_run": 0}, "weighting.lr_per_run: .*above 0"),
+        ({"name": "grap", "lr_schedule": "cosine"}, "weighting.lr_schedule"),
+        ({"name": "grap", "norm_ema": 1.0}, "weighting.norm_ema: .*below 1"),
+        ({"name": "grap", "average_first": 2.5}, "weighting.average_first: .*whole number"),
+        ({"name": "grap", "regularization": -1.0}, "weighting.regularization: .*0 or more"),
+        ({"name": "grap", "parametrization": "linear"}, "weighting.parametrization"),
         ({"name": "fixed", "weights": {"a": 1.0}}, "no weight for b: add it"),
         (
             {"name": "fixed", "weights": {"a": 1.0, "b": 1.0, "c": 1.0}},
