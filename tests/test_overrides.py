@@ -132,3 +132,14 @@ def test_the_newest_checkpoint_is_found_among_old_and_new_names(name, tmp_path):
     for path in found:
         if "=" not in path and "[" not in path:
             readable_overrides([f"+resume_from_checkpoint=runs/{name}/{path}"])  # Unquoted.
+
+
+def test_hydras_own_folders_are_expanded_too(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    sweep = ["--config-dir", str(DIGITS.parent), "+sweeps/multirun=grap", "--multirun"]
+    line = ["pretrain", *FILE[0], *FILE[1], *sweep, "checkpoint.dir=~/runs", "max_epochs=0"]
+    assert main(line) == 2
+    assert "max_epochs: expected" in capfd.readouterr().err
+    assert (tmp_path / "home" / "runs" / "multirun.yaml").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import grap_solo.compose  # noqa: F401 (adds configs/ to hydra's search path)
 from grap_solo.errors import ConfigError, RunStopped, refusal
+from grap_solo.records.files import expand_path
 
 # Hydra makes no folders and no logs, as in solo-learn's files.
 QUIET_HYDRA = {
@@ -22,6 +23,9 @@ QUIET_HYDRA = {
     "hydra/job_logging": "disabled",
     "hydra/hydra_logging": "disabled",
 }
+
+# For hydra's own folders, which are made before a run expands its paths.
+OmegaConf.register_new_resolver("expand_path", expand_path, replace=True)
 
 
 def launch(arguments: Sequence[str]) -> None:

@@ -32,7 +32,11 @@ class Data(Block):
         description="The data set. `digits` is scikit-learn's and needs no path; `custom` is a "
         "folder of images."
     )
-    train_path: str | None = Field(None, description="The training images: a folder or file.")
+    train_path: str | None = Field(
+        None,
+        description="The training images: a folder or file. As in every path, `~` and `$VARIABLES` "
+        "are replaced.",
+    )
     val_path: str | None = Field(
         None, description="The validation images. Without them a run is not validated."
     )
@@ -158,7 +162,9 @@ class Wandb(Block):
 class Configuration(Block):
     """The first level. Any other argument of Lightning's Trainer may stand here too."""
 
-    name: str = Field(description="The run's name and the name of its folder.")
+    name: str = Field(
+        description="The run's name and the name of its folder: no path, 230 bytes at most."
+    )
     method: str = Field(
         description="The method. A plain name trains with the reference weights, a name with "
         "`grap_` before it with those of the `weighting` block; `package.module:Class` names a "

@@ -415,17 +415,16 @@ def test_a_study_that_another_process_uses_is_not_damaged(tmp_path):
     file = tmp_path / "study.db"
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        refused = pytest.raises(ConfigError, match=f"^{file}: another process uses it .*locked")
-        with refused, _explained_failures(file):
+        message = f"^{file}: another process uses it .*locked"
+        with pytest.raises(ConfigError, match=message), _explained_failures(file):
             study.ask()
         other.execute("ROLLBACK")
     study.ask()
 
 
 def test_a_study_that_cannot_be_opened_is_not_damaged(tmp_path):
-    (tmp_path / "study.db").mkdir()
-    refused = pytest.raises(
-        ConfigError, match="study.db: cannot be read or written .unable to open"
-    )
-    with refused, _explained_failures(tmp_path / "study.db"):
+    file = tmp_path / "study.db"
+    file.mkdir()
+    message = f"^{file}: cannot be read or written .unable to open"
+    with pytest.raises(ConfigError, match=message), _explained_failures(file):
         _open_study(tmp_path, PRUNERS["none"](), {})
