@@ -28,7 +28,7 @@ from grap_solo.solo.backbones import embedding_width
 from grap_solo.solo.optimizers import OPTIMIZERS
 from grap_solo.training.blocks import validate
 from grap_solo.training.schema import Configuration, schema_of
-from grap_solo.training.trainer import check_arguments
+from grap_solo.training.trainer_keys import check_arguments
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
 
 LARGEST_HELD_OUT = 0.5

@@ -9,7 +9,8 @@ from grap_solo import ConfigError
 from grap_solo.training.checkpoints import Start
 from grap_solo.training.config import prepare
 from grap_solo.training.schema import Configuration
-from grap_solo.training.trainer import ARGUMENTS, REFUSED, make_trainer
+from grap_solo.training.trainer import make_trainer
+from grap_solo.training.trainer_keys import ARGUMENTS, REFUSED
 
 OBEYED = {
     "fast_dev_run", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches",
