@@ -364,7 +364,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="not empty and not a search"):
         search(configuration(), tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    with pytest.raises(ConfigError, match="mine.txt: cannot be made"):
+    with pytest.raises(ConfigError, match="mine.txt cannot be made"):
         search(configuration(), tmp_path / "mine.txt", 1)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "study.db").write_text("no database" * 100)

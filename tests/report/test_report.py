@@ -272,5 +272,5 @@ def test_an_output_that_cannot_take_the_files_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is a run folder"):
         report([tmp_path / "grap"], tmp_path / "grap")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="file: cannot be made"):
+    with pytest.raises(ConfigError, match="file cannot be made"):
         report([tmp_path / "grap"], tmp_path / "file")
