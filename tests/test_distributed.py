@@ -198,7 +198,7 @@ def train(directory, stop=None):
         stop: what ends it in the second epoch: ``exit``, as if each process had died, or
             ``terminate``, a SIGTERM to torchrun.
     """
-    gathered, step = [], GrapAll4One.training_step
+    gathered, step, finish = [], GrapAll4One.training_step, GrapAll4One.finish_step
 
     def watched(self, batch, batch_idx):
         if stop and self.current_epoch == 1:
@@ -210,19 +210,21 @@ def train(directory, stop=None):
                 time.sleep(1)
         if dist.get_rank() == 1:
             batch[2].fill_(-1)
-        before = int(self.queue_ptr)
-        loss = step(self, batch, batch_idx)
+        return step(self, batch, batch_idx)
+
+    def finished(self, taken):
+        before, batch = int(self.queue_ptr), taken.batch
+        finish(self, taken)
         slots = (before + torch.arange(2 * len(batch[0]))) % len(self.queue)
         images = self.queue_index[slots].tolist(), batch[0].tolist()
         labels = self.queue_y[slots].tolist(), batch[2].tolist()
         gathered.append((*images, *labels))
-        return loss
 
     def one_fewer(self, size):
         self.size = size - 1
 
     # Each process lives for this one training: what is changed need not be changed back.
-    GrapAll4One.training_step = watched
+    GrapAll4One.training_step, GrapAll4One.finish_step = watched, finished
     ShareSampler.__init__ = one_fewer  # An odd number of validation images.
     run = pretrain(configuration(directory))
     model, hits = run.model, torch.zeros(2)
