@@ -93,7 +93,7 @@ def test_what_a_comparison_leaves(whole):
 @pytest.mark.slow
 def test_killed_and_started_again_it_is_the_same(whole, tmp_path):
     process = start(tmp_path, "processes=2")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob("grid/*/result.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
