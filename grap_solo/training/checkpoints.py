@@ -315,7 +315,8 @@ class EpochCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         _put_in_place(waiting, final)
-        self.interrupted.unlink(missing_ok=True)  # Of an earlier stop, and older.
+        for path in self.folder.glob("*-interrupted.ckpt"):  # Of an earlier stop, and older.
+            path.unlink()
         if not self.keep:
             for path in epoch_checkpoints(self.folder):
                 if path != final:
