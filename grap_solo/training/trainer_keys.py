@@ -96,3 +96,8 @@ def check_arguments(cfg: DictConfig) -> None:
     for name, key in KINDS.items():
         if cfg.get(name) is not None:
             key.check(cfg[name], name)
+    if (cfg.get("min_epochs") or 0) > cfg.max_epochs:
+        raise ConfigError(
+            f"min_epochs: {cfg.min_epochs} is more than max_epochs {cfg.max_epochs}, where a run "
+            "ends: give a larger max_epochs"
+        )

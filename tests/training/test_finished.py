@@ -105,6 +105,7 @@ def test_a_trial_does_not_block_the_real_run(key, tmp_path, capsys):
 )
 def test_one_batch_is_a_trial_and_all_of_them_are_not(old, new, aside, tmp_path):
     source = configuration(tmp_path)
+    OmegaConf.set_struct(source, False)
     source.limit_train_batches = old
     for value in (old, new):
         if value is not None:

@@ -185,7 +185,9 @@ def custom_start(directory, file, make=True):
     cfg = quiet_digits(directory, f"+pretrained_feature_extractor={file}", file="grap_vicreg")
     if make:
         file.parent.mkdir()
-        torch.save(build_model(prepare(cfg)).backbone.state_dict(), file)
+        ready = prepare(cfg)
+        ready.data.num_classes = 10
+        torch.save(build_model(ready).backbone.state_dict(), file)
     return cfg
 
 

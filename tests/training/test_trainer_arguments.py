@@ -87,6 +87,7 @@ def test_what_a_run_cannot_obey_is_refused_with_the_right_key(name, base):
         ("deterministic=abc", "deterministic"),
         ("detect_anomaly=5", "detect_anomaly"),
         ("min_epochs=abc", "min_epochs"),
+        ("min_epochs=9", "min_epochs"),
     ],
 )
 def test_a_bad_value_is_one_line(given, key, base, tmp_path):
