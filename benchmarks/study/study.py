@@ -41,7 +41,9 @@ VARIANTS = {
     # The paper: Alg. 1 is the rule's default before this study; the recipe is its authors' code.
     "alg1": grap(lr=0.1),
     "recipe": grap(recipe="paper"),
-    # How far the weights can move in a run.
+    # How far the weights can move in a run. The first is a control: equal weights that stay, but on
+    # GraP's scale and with its heads.
+    "rate0": per_run(1e-6),
     "rate0.3": per_run(0.3),
     "rate1": per_run(1.0),
     "rate2": per_run(2.0),
@@ -63,7 +65,10 @@ VARIANTS = {
 CORE = ["fixed", "equal", "alg1", "rate1"]
 BASELINES = ["random", "gradnorm", "dwa", "uncertainty", "mgda", "upgrad"]
 STAGES: dict[str, tuple[list[str], list[int]]] = {
-    "core": (["fixed", "equal", "alg1", "recipe", "rate0.3", "rate1", "rate2", "rate6"], [1, 2, 3]),
+    "core": (
+        ["fixed", "equal", "alg1", "recipe", "rate0", "rate0.3", "rate1", "rate2", "rate6"],
+        [1, 2, 3],
+    ),
     "screen": (["fixed", "equal", *VARIANTS], [1, 2, 3]),
     "baselines": (["fixed", *BASELINES], [1, 2, 3]),
     "confirm": (CORE, [11, 12, 13, 14]),
