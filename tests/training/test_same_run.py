@@ -221,7 +221,7 @@ def test_a_moved_and_renamed_run_with_moved_data_resumes(copy, capsys):
         assert text in output
     assert run.model.weighting.updates == 6
     (checkpoint,) = (run.directory / "checkpoints").glob("*.ckpt")
-    assert checkpoint.name == "renamed-ep=1.ckpt"
+    assert checkpoint.name == "renamed-ep1.ckpt"
 
 
 @pytest.mark.parametrize(
