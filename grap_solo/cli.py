@@ -174,8 +174,8 @@ def _map(given: argparse.Namespace) -> None:
     from grap_solo.experiments.weight_map import map_weights
 
     cfg = _composer(given.overrides)(file)
-    seeds = given.seeds or [cfg.seed]
-    map_weights(cfg, (given.terms[0], given.terms[1]), given.values, seeds, given.processes)
+    terms = given.terms[0], given.terms[1]
+    map_weights(cfg, terms, given.values, given.seeds, given.processes)
 
 
 def _report(given: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from grap_solo.records.files import (
     read_config,
 )
 from grap_solo.records.weights import pooled_weights
+from grap_solo.training.checkpoints import epoch_checkpoints
 from grap_solo.training.run import Run, pretrain
 
 WARMUP = "weighting.warmup_epochs"
@@ -82,17 +83,19 @@ def finetune(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """Finds the newest checkpoint of a run.
+    """Finds the newest checkpoint of a run: of an epoch, unless a stop has left one since then. The
+    files' times say nothing once the run has been copied.
 
     Raises:
         ConfigError: the run has none.
     """
-    found = sorted((run / CHECKPOINTS_FOLDER).glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    folder = run / CHECKPOINTS_FOLDER
+    found = [*sorted(folder.glob("*-interrupted.ckpt")), *epoch_checkpoints(folder)]
     if not found:
         raise ConfigError(
             f"{run / CHECKPOINTS_FOLDER}: no checkpoint: train with checkpoint.enabled"
         )
-    return found[-1]
+    return found[0]
 
 
 def _read_config(run: Path) -> Any:

@@ -28,7 +28,7 @@ def map_weights(
     cfg: DictConfig,
     terms: tuple[str, str],
     values: Sequence[float],
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None = None,
     processes: int = 1,
 ) -> Path:
     """Trains a method with every pair of weights of two terms, and draws the accuracies as a map.
@@ -43,19 +43,22 @@ def map_weights(
         cfg: a composed configuration that all runs share; its ``weighting`` is the rule.
         terms: the two terms, of the x-axis and the y-axis.
         values: the weights that each of the two takes, above 0.
-        seeds: the seeds of every run.
+        seeds: the seeds of every run; None takes the configuration's.
         processes: how many runs train at a time.
 
     Raises:
         ConfigError: an unknown term, a method of two terms, values that are no positive numbers, or
             what :func:`~grap_solo.experiments.compare.compare` refuses.
     """
-    reference = terms_of(prepare(cfg))
+    ready = prepare(cfg)
+    reference, seeds = terms_of(ready), seeds or [ready.seed]
     unit = _unit_term(reference, terms)
     steps = sorted({float(each) for each in values})
     if len(steps) < 2 or steps[0] <= 0 or not np.isfinite(steps).all():
         raise ConfigError(f"values: expected two or more numbers above 0, got {list(values)}")
     pairs = {_cell_name(terms, pair): pair for pair in itertools.product(steps, steps)}
+    if len(pairs) < len(steps) ** 2:
+        raise ConfigError(f"values: two of {steps} are the same to 6 digits: leave one of them out")
     definitions: dict[str, Any] = {}
     for name, pair in pairs.items():
         weights = _pair_weights(reference, unit, terms, pair)

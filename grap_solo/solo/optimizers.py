@@ -97,3 +97,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
+
+MARKS = {"sgd": "dampening", "lars": "trust_coeff", "adam": "betas", "adamw": "betas"}
+"""For each optimiser an option without which its parameter groups are another optimiser's."""

@@ -24,6 +24,7 @@ from grap_solo.data.sampling import mixed_seed
 from grap_solo.errors import ConfigError, Diverged
 from grap_solo.methods import CompositeMethod
 from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, TRAINED_FILE
+from grap_solo.solo.optimizers import MARKS
 from grap_solo.training.loggers import is_first_process
 from grap_solo.training.same_run import (
     describe_free,
@@ -49,7 +50,8 @@ class Start:
         steps: the optimiser steps that were trained before.
         seconds: how long these took.
         online: the online probe's top-1 after these, in percent; None if it was not validated.
-        weighting: the weighting's part of the checkpoint's state dict.
+        shapes: the shapes of the checkpoint's state dict, by name; None for what is no tensor.
+        optimizer: the names of the options that its optimiser has.
     """
 
     path: Path | None = None
@@ -57,7 +59,8 @@ class Start:
     steps: int = 0
     seconds: float = 0.0
     online: float | None = None
-    weighting: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: frozenset[str] = frozenset()
 
 
 def find_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
@@ -102,7 +105,13 @@ def find_start(source: DictConfig, cfg: DictConfig, directory: Path) -> Start:
         state["global_step"],
         state.get("seconds", 0.0),
         state.get("online"),
-        {k: v for k, v in state["state_dict"].items() if k.startswith(WEIGHTING_PREFIX)},
+        _shapes(state["state_dict"]),
+        frozenset(
+            option
+            for each in state.get("optimizer_states") or []
+            for group in each["param_groups"]
+            for option in group
+        ),
     )
 
 
@@ -161,24 +170,43 @@ def resolve_source(source: DictConfig) -> dict[Any, Any]:
     return resolved
 
 
-def check_same_weighting(model: CompositeMethod, start: Start, key: str) -> None:
-    """Refuses a checkpoint of a run with another weighting or other terms.
+def check_fits(cfg: DictConfig, model: CompositeMethod, start: Start, key: str) -> None:
+    """Refuses a checkpoint of a run with another weighting, other terms, networks or optimiser.
 
     Args:
+        cfg: the prepared configuration.
         model: before it is trained.
         start: where the run starts.
         key: the key that names the checkpoint, for the error.
 
     Raises:
-        ConfigError: the states of the weightings differ in a name or shape.
+        ConfigError: the states differ in a name or shape, or the optimisers in their options.
     """
-    theirs = {name: getattr(value, "shape", None) for name, value in start.weighting.items()}
-    state = model.weighting.state_dict(prefix=WEIGHTING_PREFIX)
-    ours = {name: getattr(value, "shape", None) for name, value in state.items()}
-    if theirs != ours:
+    theirs, ours = start.shapes, _shapes(model.state_dict())
+    names = [name for name in {**ours, **theirs} if theirs.get(name, ()) != ours.get(name, ())]
+    names += [name for name in {**ours, **theirs} if (name in ours) != (name in theirs)]
+    what = None
+    if any(name.startswith(WEIGHTING_PREFIX) for name in names):
+        what = "another weighting or other terms"
+    elif names:
+        sizes = [str(each.get(names[0], "none")) for each in (theirs, ours)]
+        what = f"other networks ('{names[0]}': {sizes[0]}, not {sizes[1]})"
+    elif start.optimizer and MARKS[cfg.optimizer.name] not in start.optimizer:
+        what = f"another optimizer.name than {cfg.optimizer.name}"
+    if what is not None:
         raise ConfigError(
-            f"{key}: {start.path}: it is of a run with another weighting or other terms"
+            f"{key}: {start.path}: it is of a run with {what}: give that run's configuration, or "
+            "leave the key out"
         )
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """The shape of each entry but solo-learn's positional encodings, which are not loaded."""
+    return {
+        key: tuple(value.shape) if isinstance(value, Tensor) else None
+        for key, value in state.items()
+        if not key.endswith("cached_penc")
+    }
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
@@ -315,7 +343,8 @@ class EpochCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         _put_in_place(waiting, final)
-        self.interrupted.unlink(missing_ok=True)  # Of an earlier stop, and older.
+        for path in self.folder.glob("*-interrupted.ckpt"):  # Of an earlier stop, and older.
+            path.unlink()
         if not self.keep:
             for path in epoch_checkpoints(self.folder):
                 if path != final:

@@ -51,7 +51,7 @@ from grap_solo.solo import describe_base
 from grap_solo.training.building import build_model, check_batch_norms
 from grap_solo.training.checkpoints import (
     Start,
-    check_same_weighting,
+    check_fits,
     epoch_checkpoints,
     find_not_finite,
     find_start,
@@ -143,7 +143,7 @@ def _train_into_folder(source: DictConfig, cfg: DictConfig, callbacks: Sequence[
     model = build_model(cfg)
     check_batch_norms(model, cfg, labelled)
     if cfg.resume_from_checkpoint is not None:
-        check_same_weighting(model, start, "resume_from_checkpoint")
+        check_fits(cfg, model, start, "resume_from_checkpoint")
     if cfg.pretrained_feature_extractor is not None and start.path is None:
         loaded = load_backbone(model, Path(cfg.pretrained_feature_extractor))
         if is_first_process():

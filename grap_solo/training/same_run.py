@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,15 @@ from grap_solo.errors import ConfigError
 from grap_solo.records.files import CONFIG_FILE, DATA_FILE, read_config, read_json, write_json
 from grap_solo.training.config import complete, device_count
 
-PATHS = {"train": "data.train_path", "validation": "data.val_path"}
-"""The keys that say where the images are, by the part of the data."""
+PATHS = {
+    "train": "data.train_path",
+    "validation": "data.val_path",
+    "weights": "pretrained_feature_extractor",
+}
+"""The keys that say where the images and the starting weights are, by their part of the data."""
 
 FREE_KEYS = (
-    *PATHS.values(),  # The images themselves are compared: see check_same_data.
+    *PATHS.values(),  # Their content is compared: see check_same_data.
     "data.num_workers",
     "data.download",
     "accelerator",
@@ -39,6 +44,12 @@ FREE_KEYS = (
     "profiler",
 )
 """Keys, and blocks of keys, that cannot change what is trained: a run may resume with others."""
+
+WHOLE = ("limit_train_batches", "limit_val_batches", "val_check_interval")
+"""Keys whose number is a share of the batches if it is written with a point, else a count."""
+
+PRECISIONS = {"32": None, "32-true": None, "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+"""Lightning's further names of a precision, and its default."""
 
 SHOWN = 3
 """How many differing keys an error lists."""
@@ -133,9 +144,17 @@ def _with_all_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:
     for key, parameter in signature(Trainer.__init__).parameters.items():
         if key in completed and completed[key] == parameter.default:
             completed[key] = None
-    if str(completed.get("precision")) in ("32", "32-true"):
-        completed["precision"] = None
+    for key in WHOLE:
+        completed[key] = read_limit(completed, key)
+    precision = str(completed.get("precision"))
+    completed["precision"] = PRECISIONS.get(precision, completed.get("precision"))
     return dict(completed)
+
+
+def read_limit(plain: Mapping[str, Any], key: str) -> str | None:
+    """One of the keys :data:`WHOLE`, as a text: 1 is one batch, but 1.0, all of them, is None."""
+    value = plain.get(key)
+    return None if value is None or value == 1 and isinstance(value, float) else str(value)
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
@@ -153,44 +172,64 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 def data_fingerprints(cfg: DictConfig, train: Images, validation: Images | None) -> dict[str, Any]:
     """The fingerprints of a run's images, by the part of the data: see
-    :func:`~grap_solo.data.fingerprint`."""
+    :func:`~grap_solo.data.fingerprint`; and that of the weights from which its backbone starts."""
     parts = {"train": (train, cfg.data.train_path), "validation": (validation, cfg.data.val_path)}
-    return {
+    found: dict[str, Any] = {
         part: None if images is None else fingerprint(images, root or "")
         for part, (images, root) in parts.items()
     }
+    return {**found, "weights": _digest(cfg.pretrained_feature_extractor)}
+
+
+def _digest(file: str | None) -> dict[str, Any] | None:
+    """The fingerprint of a file by its content; None if it is not there."""
+    if file is None or not os.path.isfile(file):
+        return None
+    content = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(2**20):
+            content.update(part)
+    return {"digest": content.hexdigest()[:32]}
 
 
 def write_fingerprints(directory: Path, found: Mapping[str, Any]) -> None:
-    """Writes the fingerprints of a run's images to its folder."""
-    write_json(directory / DATA_FILE, found)
+    """Writes the fingerprints of a run's data to its folder. Weights that a run has started from
+    may be gone when it resumes: theirs stays."""
+    kept = read_json(directory / DATA_FILE)
+    new = dict(found)
+    if isinstance(kept, dict) and new.get("weights") is None:
+        new["weights"] = kept.get("weights")
+    write_json(directory / DATA_FILE, new)
 
 
 def check_same_data(cfg: DictConfig, directory: Path, found: Mapping[str, Any]) -> None:
-    """Refuses other images than those of the run in a folder, if they lie elsewhere.
+    """Refuses other images, or other starting weights, than those of the run in a folder, if they
+    lie elsewhere.
 
     Images at the same place are not compared: an unreadable one may have been replaced.
 
     Args:
         cfg: the configuration to resume with, with its defaults.
         directory: the run's folder.
-        found: the fingerprints of the configuration's images.
+        found: the fingerprints of the configuration's data; of a part without one, the run's own
+            may be anything.
 
     Raises:
-        ConfigError: the images differ, or the run has kept no fingerprints.
+        ConfigError: the data differs, or the run has kept no fingerprints.
     """
     if not (directory / CONFIG_FILE).exists():
         return
-    block = read_run_config(directory).get("data") or {}
+    theirs = OmegaConf.create(read_run_config(directory))
     kept = read_json(directory / DATA_FILE)
-    for part, key in PATHS.items():
-        name = key.removeprefix("data.")
-        old, new = block.get(name), cfg.data.get(name)
+    for part in found:
+        key = PATHS[part]
+        old, new = OmegaConf.select(theirs, key), OmegaConf.select(cfg, key)
         if _real(old) == _real(new):
             continue
-        where = f"{key}: the run in {directory} has images at {old}, and "
+        what = "weights" if part == "weights" else "images"
+        where = f"{key}: the run in {directory} has {what} at {old}, and "
         way_out = f": give {key}={old}, or another name"
-        if not isinstance(kept, dict):
+        if not isinstance(kept, dict) or part not in kept:
             raise ConfigError(
                 f"{where}keeps no fingerprint of them to compare those at {new} with{way_out}"
             )
@@ -209,6 +248,8 @@ def _tell_apart(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) ->
     """Says how two fingerprints differ."""
     if old is None or new is None:
         return "none before" if old is None else "none now"
+    if "images" not in old:
+        return "with another content"
     for key in ("images", "classes"):
         if old.get(key) != new.get(key):
             return f"{old.get(key)} {key} before, {new.get(key)} now"

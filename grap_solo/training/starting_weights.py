@@ -15,6 +15,7 @@ from torch import Tensor
 from grap_solo.errors import ConfigError
 from grap_solo.methods import CompositeMethod
 from grap_solo.solo import BaseMomentumMethod
+from grap_solo.training.checkpoints import find_not_finite
 
 ENTRIES = ("state_dict", "model_state_dict", "teacher", "student", "model", "encoder", "backbone")
 """The entries of a file that may hold the weights, in the order in which they are tried."""
@@ -57,7 +58,8 @@ def load_backbone(model: CompositeMethod, path: Path) -> str:
         One line: from which entry and prefix the weights are, and what was left out.
 
     Raises:
-        ConfigError: no such file, or its keys or shapes are not the backbone's.
+        ConfigError: no such file, its keys or shapes are not the backbone's, or a number is not
+            finite.
     """
     key = f"pretrained_feature_extractor: {path}"
     wanted = model.backbone.state_dict()
@@ -77,7 +79,13 @@ def load_backbone(model: CompositeMethod, path: Path) -> str:
         )
     chosen, *others = fitting
     found = chosen.found
-    kept = {name: found.get(name, value) for name, value in wanted.items()}
+    # In the backbone's own precision, into which a large number may not fit.
+    kept = {name: found.get(name, value).to(value.dtype) for name, value in wanted.items()}
+    bad = find_not_finite(kept)
+    if bad is not None:
+        raise ConfigError(
+            f"{key}: '{bad}' of its {chosen.where} is not finite: give an earlier checkpoint"
+        )
     model.backbone.load_state_dict(kept)
     if isinstance(model, BaseMomentumMethod):
         model.momentum_backbone.load_state_dict(kept)

@@ -88,8 +88,16 @@ def check_arguments(cfg: DictConfig) -> None:
             raise ConfigError(f"{name}: {value} cannot be obeyed: {instead}")
     if cfg.get("limit_train_batches") == 0:
         raise ConfigError("limit_train_batches: 0 leaves nothing to train: leave it out")
+    interval: Any = cfg.get("val_check_interval")
+    if isinstance(interval, int | float):  # Else a time, which the Trainer checks.
+        Key(float, above=0).check(interval, "val_check_interval")
     if cfg.get("max_steps") == 0:
         raise ConfigError("max_steps: 0 leaves nothing to train: leave it out")
     for name, key in KINDS.items():
         if cfg.get(name) is not None:
             key.check(cfg[name], name)
+    if (cfg.get("min_epochs") or 0) > cfg.max_epochs:
+        raise ConfigError(
+            f"min_epochs: {cfg.min_epochs} is more than max_epochs {cfg.max_epochs}, where a run "
+            "ends: give a larger max_epochs"
+        )

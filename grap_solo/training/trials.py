@@ -15,6 +15,7 @@ from grap_solo.records.files import CONFIG_FILE
 from grap_solo.training.checkpoints import resolve_source
 from grap_solo.training.config import run_dir
 from grap_solo.training.loggers import is_first_process
+from grap_solo.training.same_run import read_limit
 
 LIMITS = ("limit_train_batches", "limit_val_batches")
 """The keys that make a run a trial of a longer one."""
@@ -52,8 +53,8 @@ def set_trial_aside(source: DictConfig, cfg: DictConfig) -> bool:
         return False
     theirs: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE))
     ours = resolve_source(source)
-    limits = {key: theirs[key] for key in LIMITS if theirs.get(key) is not None}
-    limits = {key: value for key, value in limits.items() if value != ours.get(key)}
+    limits = {key: read_limit(theirs, key) for key in LIMITS}
+    limits = {k: v for k, v in limits.items() if v is not None and v != read_limit(ours, k)}
     if not limits:
         return False
     if is_first_process():

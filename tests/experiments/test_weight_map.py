@@ -89,6 +89,18 @@ def test_a_map_that_cannot_be_made_is_refused(terms, values, file, text, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("key", ["seed=null", "~seed"])
+def test_without_a_seed_the_default_is_taken(key, tmp_path):
+    """So that it is the devices that are refused, after the seeds."""
+    with pytest.raises(ConfigError, match="devices: a comparison trains"):
+        map_weights(configuration(tmp_path, key, "devices=2"), TERMS, [1, 5])
+
+
+def test_values_whose_runs_would_have_one_name_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="values: two of .* are the same to 6 digits"):
+        map_weights(configuration(tmp_path), TERMS, [1, 1.00000001])
+
+
 def test_the_command_line_names_what_is_missing(capsys):
     assert main(["map", "--config-path", "configs/digits", "--config-name", "grap"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -4,12 +4,15 @@ import pytest
 import torch
 from helpers import quiet_digits
 from lightning.pytorch import Callback
+from omegaconf import OmegaConf
 
 from grap_solo import ConfigError
 from grap_solo.errors import RunStopped
 from grap_solo.experiments.compare import compare
+from grap_solo.training.config import prepare
 from grap_solo.training.run import pretrain
 from grap_solo.training.trainer import TimeOfStart
+from grap_solo.training.trials import set_trial_aside
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -51,7 +54,7 @@ def test_a_run_that_ended_early_is_not_finished_and_resumes(key, callbacks, whol
             pretrain(configuration(tmp_path, f"+{key}"), callbacks)
         assert not (run / "trained.json").exists()
         assert {each.name for each in (run / "checkpoints").glob("*.ckpt")} == {
-            "run-ep=0.ckpt", "run-interrupted.ckpt"
+            "run-ep0.ckpt", "run-interrupted.ckpt"
         }  # fmt: skip
     pretrain(configuration(tmp_path))
     files, state = left(run)
@@ -95,6 +98,24 @@ def test_a_trial_does_not_block_the_real_run(key, tmp_path, capsys):
     assert {each.name for each in tmp_path.iterdir()} == names
     rows = (run.directory / "weights.csv").read_text().splitlines()
     assert len(rows) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "aside"), [(1, 1.0, True), (1, None, True), (1.0, None, False), (1, 1, False)]
+)
+def test_one_batch_is_a_trial_and_all_of_them_are_not(old, new, aside, tmp_path):
+    source = configuration(tmp_path)
+    OmegaConf.set_struct(source, False)
+    source.limit_train_batches = old
+    for value in (old, new):
+        if value is not None:
+            source.limit_train_batches = value
+        else:
+            source.pop("limit_train_batches")
+        if not (tmp_path / "run").exists():
+            (tmp_path / "run").mkdir()
+            OmegaConf.save(source, tmp_path / "run" / "config.yaml")
+    assert set_trial_aside(source, prepare(source)) is aside
 
 
 def test_a_comparison_resumes_runs_that_ended_early(tmp_path):

@@ -142,11 +142,11 @@ def test_an_exploding_update_keeps_the_last_good_checkpoint_and_is_not_a_finishe
 ):
     cfg = quiet_digits(tmp_path, f"max_epochs={epochs}", file="grap_vicreg")
     spoil = Spoil("on_train_batch_start", spoil_parameter, epoch=1, number=2)
-    with pytest.raises(Diverged, match=rf"{cause}, .*/run-ep=0.ckpt is from bef"):
+    with pytest.raises(Diverged, match=rf"{cause}, .*/run-ep0.ckpt is from bef"):
         pretrain(cfg, [spoil])
     run = tmp_path / "run"
     path, state = newest_whole(run / "checkpoints", "run")
-    assert path.name == "run-ep=0.ckpt" and find_not_finite(state) is None
+    assert path.name == "run-ep0.ckpt" and find_not_finite(state) is None
     assert not (run / "trained.json").exists()
     assert pretrain(cfg).directory == run and (run / "trained.json").exists()  # It resumes.
 
@@ -167,7 +167,7 @@ def finished(tmp_path_factory):
     cfg = quiet_digits(directory, *changes, file="grap_vicreg")
     pretrain(cfg)
     (directory / "run" / "trained.json").unlink()  # As if it had been cut short.
-    newest = directory / "run" / "checkpoints" / "run-ep=1.ckpt"
+    newest = directory / "run" / "checkpoints" / "run-ep1.ckpt"
     state = torch.load(newest, weights_only=True)
     state["state_dict"]["backbone.bn1.running_var"][0] = float("inf")
     torch.save(state, newest)
@@ -178,13 +178,13 @@ def finished(tmp_path_factory):
 def test_a_checkpoint_that_is_not_finite_is_refused(key, finished, tmp_path):
     _, newest = finished
     changes = [f"+{key}='{newest}'", "name=other"]
-    with pytest.raises(ConfigError, match=rf"{key}: .*'state_dict.backbone.*' is not finite"):
+    with pytest.raises(ConfigError, match=rf"{key}: .*state_dict.* is not finite"):
         pretrain(quiet_digits(tmp_path, *changes, file="grap_vicreg"))
 
 
 def test_a_run_resumes_from_its_newest_finite_checkpoint(finished, capsys):
     cfg, newest = finished
-    with pytest.warns(UserWarning, match=r"run-ep=1.ckpt is skipped: '.*' is not finite"):
+    with pytest.warns(UserWarning, match=r"run-ep1.ckpt is skipped: '.*' is not finite"):
         pretrain(cfg)
     assert "resuming after epoch 0" in capsys.readouterr().out
     assert find_not_finite(torch.load(newest, weights_only=True)["state_dict"]) is None

@@ -252,6 +252,15 @@ def test_another_weighting_does_not_take_the_checkpoint(tmp_path):
     for key in ("+weighting.ema=0.5", "+method_kwargs.join_feature_loss=true"):
         with pytest.raises(ConfigError, match="another weighting or other terms"):
             pretrain(configuration(tmp_path, *changes, key))
+    for keys, what in (
+        (["method_kwargs.proj_hidden_dim=32"], r"other networks \('projector\..*': .*, not"),
+        (["backbone.name=resnet18"], r"other networks \('backbone\..*'"),
+        (["optimizer.name=adamw", "~optimizer.kwargs"], "another optimizer.name than adamw"),
+    ):
+        message = f"^resume_from_checkpoint: .* it is of a run with {what}.*: give that run's"
+        with pytest.raises(ConfigError, match=message):
+            pretrain(configuration(tmp_path, *changes, *keys))
+        assert not (tmp_path / "other").exists()
 
 
 def test_interrupted_from_the_keyboard_it_writes_what_it_has(tmp_path, monkeypatch, capfd):

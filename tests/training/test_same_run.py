@@ -1,11 +1,13 @@
 """Which keys may differ when a run resumes, and that moved runs and data are known again."""
 
 import functools
+import json
 import shutil
 
 import numpy as np
 import pytest
-from helpers import METHOD_KWARGS, Killed, digits, killed_at
+import torch
+from helpers import METHOD_KWARGS, Killed, digits, killed_at, quiet_digits
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -15,7 +17,9 @@ from grap_solo.data.datasets import ClassFolders, Folder
 from grap_solo.data.parquet import Parquet
 from grap_solo.methods import METHODS
 from grap_solo.training.blocks import block_of
+from grap_solo.training.building import build_model
 from grap_solo.training.checkpoints import resolve_source
+from grap_solo.training.config import prepare
 from grap_solo.training.run import pretrain
 from grap_solo.training.same_run import find_differences, refuse_differences
 from grap_solo.training.schema import schema_of
@@ -55,6 +59,10 @@ UNFILLED = {
     "gradient_clip_val": None,
     "devices": [0],
     "strategy": "auto",
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "val_check_interval": 1.0,
+    "precision": 32,
     "sync_batchnorm": True,  # A single device has no other to join.
 }
 """Defaults that the base class or the Trainer has, or what means the same."""
@@ -105,6 +113,7 @@ TRAINED = {
     "augmentations.0.color_jitter.prob": 0.1,
     "optimizer.kwargs.momentum": 0.8,
     "limit_train_batches": 2,
+    "limit_val_batches": 1,
     "precision": "bf16-mixed",
     "backbone.kwargs.drop_rate": 0.1,
     "devices": 2,
@@ -124,6 +133,21 @@ def test_a_difference_is_free_if_it_cannot_change_what_is_trained(key):
         ) as error:
             refuse_differences(found, "here", "another name")
         assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "same"),
+    [
+        ("limit_train_batches", 1, 1.0, False),
+        ("val_check_interval", 1.0, 1, False),
+        ("precision", 16, "16-mixed", True),
+        ("precision", "bf16", "bf16-mixed", True),
+        ("precision", "16", "bf16", False),
+    ],
+)
+def test_values_are_compared_by_what_they_mean(key, old, new, same):
+    found = find_differences(with_value(plain(), key, old), with_value(plain(), key, new))
+    assert (found == []) == same
 
 
 def test_a_run_with_keys_that_are_gone_is_compared_by_what_it_gives():
@@ -156,6 +180,17 @@ def custom(directory, *overrides):
     return digits(directory / "runs", *changes, *overrides)
 
 
+def custom_start(directory, file, make=True):
+    """A run that starts from a file of weights."""
+    cfg = quiet_digits(directory, f"+pretrained_feature_extractor={file}", file="grap_vicreg")
+    if make:
+        file.parent.mkdir()
+        ready = prepare(cfg)
+        ready.data.num_classes = 10
+        torch.save(build_model(ready).backbone.state_dict(), file)
+    return cfg
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     directory = tmp_path_factory.mktemp("stopped")
@@ -186,7 +221,7 @@ def test_a_moved_and_renamed_run_with_moved_data_resumes(copy, capsys):
         assert text in output
     assert run.model.weighting.updates == 6
     (checkpoint,) = (run.directory / "checkpoints").glob("*.ckpt")
-    assert checkpoint.name == "renamed-ep=1.ckpt"
+    assert checkpoint.name == "renamed-ep1.ckpt"
 
 
 @pytest.mark.parametrize(
@@ -208,6 +243,28 @@ def test_other_images_elsewhere_are_refused(copy, change, message):
         ConfigError, match=rf"^data\.train_path: .*{message}.*give data\.train_path="
     ):
         pretrain(custom(copy))
+
+
+@pytest.mark.parametrize("change", ["moved", "gone", "other"])
+def test_moved_starting_weights_are_known_by_their_content(change, tmp_path, capsys):
+    """A fine-tuned run has such a path, which changes with the folder of its parent."""
+    old, new = tmp_path / "old" / "x.ckpt", tmp_path / "new" / "x.ckpt"
+    start = custom_start(tmp_path, old)
+    with pytest.raises(Killed):
+        pretrain(start, [killed_at("on_train_batch_end", 1)])
+    old.parent.rename(new.parent)
+    if change == "other":
+        state = torch.load(new, weights_only=True)
+        torch.save({**state, "bn1.bias": state["bn1.bias"] + 1}, new)
+        message = "^pretrained_feature_extractor: .*another content.*give pretrained_feature"
+        with pytest.raises(ConfigError, match=message):
+            pretrain(custom_start(tmp_path, new, make=False))
+        return
+    where = old if change == "gone" else new
+    pretrain(custom_start(tmp_path, where, make=False))
+    assert "resuming after epoch 0" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert kept["weights"]["digest"]
 
 
 def test_a_run_that_kept_no_fingerprint_stays_with_its_paths(copy):

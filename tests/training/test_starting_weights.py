@@ -111,6 +111,14 @@ BAD = {
     "half": (lambda s: dict(list(s.items())[:20]), r"it lacks \S+, \S+, \S+, \S+ and \d+ more"),
     "foreign": (lambda s: {"a": torch.ones(1)}, "its keys are a: give weights with keys such as"),
     "empty": (lambda s: {}, "there are no weights in it"),
+    "nan": (
+        lambda s: {**s, "bn1.weight": torch.full_like(s["bn1.weight"], torch.nan)},
+        "'bn1.weight' of its state dict is not finite: give an earlier checkpoint",
+    ),
+    "too large": (
+        lambda s: {**s, "bn1.weight": s["bn1.weight"].double() + 1e300},
+        "'bn1.weight' of its state dict is not finite",
+    ),
     "number": (lambda s: 3, "there are no weights in it"),
     "code": (
         lambda s: {"model": s, "args": argparse.Namespace(lr=1)},

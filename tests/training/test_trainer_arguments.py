@@ -79,11 +79,15 @@ def test_what_a_run_cannot_obey_is_refused_with_the_right_key(name, base):
         ("gradient_clip_val=-1", "gradient_clip_val"),
         ("check_val_every_n_epoch=0", "check_val_every_n_epoch"),
         ("val_check_interval=abc", "trainer"),
+        ("val_check_interval=0", "val_check_interval"),
+        ("val_check_interval=-1", "val_check_interval"),
+        ("val_check_interval=true", "val_check_interval"),
         ("fast_dev_run=-1", "trainer"),
         ("profiler=foo", "trainer"),
         ("deterministic=abc", "deterministic"),
         ("detect_anomaly=5", "detect_anomaly"),
         ("min_epochs=abc", "min_epochs"),
+        ("min_epochs=9", "min_epochs"),
     ],
 )
 def test_a_bad_value_is_one_line(given, key, base, tmp_path):
