@@ -133,7 +133,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "train from scratch with the median weights that runs have found",
         "grap-solo retrain runs/grap-seed5 runs/grap-seed6 --epochs 5 19",
         changes,
-        usage="RUN_DIR ... [--epochs FIRST LAST | --mean-last STEPS] [key=value ...]",
+        usage="RUN_DIR ... [--epochs FIRST LAST | --mean-last STEPS | --schedule]\n           "
+        "[--heads as-learned|weighted] [key=value ...]",
     )
     retrain.add_argument(
         "runs", nargs="*", type=_run_folder, metavar="RUN_DIR",
@@ -147,6 +148,15 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     retrain.add_argument(
         "--mean-last", type=_at_least(1), metavar="STEPS",
         help="take the mean over the last STEPS steps instead of a median",
+    )  # fmt: skip
+    retrain.add_argument(
+        "--heads", choices=("as-learned", "weighted"), default="as-learned",
+        help="as-learned trains the heads as the run did that found the weights, weighted by the "
+        "weights alone, as the paper does (default: as-learned)",
+    )  # fmt: skip
+    retrain.add_argument(
+        "--schedule", action="store_true",
+        help="replay the weights in the course of the run instead of holding their median",
     )  # fmt: skip
 
     finetune = add(

@@ -126,7 +126,14 @@ def _retrain(given: argparse.Namespace) -> None:
     from grap_solo.experiments.retrain import retrain
 
     epochs = None if given.epochs is None else (given.epochs[0], given.epochs[1])
-    retrain(given.runs, _composer(given.overrides), epochs, given.mean_last)
+    retrain(
+        given.runs,
+        _composer(given.overrides),
+        epochs,
+        given.mean_last,
+        given.heads,
+        given.schedule,
+    )
 
 
 def _finetune(given: argparse.Namespace) -> None:

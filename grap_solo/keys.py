@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ class Key:
     """A key of a configuration. Its value may be left out if there is a default.
 
     Attributes:
-        kind: ``int``, ``float``, ``str``, ``bool``, or ``dict`` for one number per name.
+        kind: ``int``, ``float``, ``str``, ``bool``, ``list`` for numbers, or ``dict`` for one
+            ``each`` per name.
         least: a number's lower bound.
         default: the value of a key that is left out or null. Without a default the key is required,
             unless it is ``optional``.
@@ -26,6 +27,7 @@ class Key:
         most: a number's upper bound.
         choices: the valid texts. With choices, a number's key also accepts these texts.
         optional: whether the key may be left out although it has no default.
+        each: the kind of a ``dict``'s values: ``float`` or ``list``.
         doc: what the key means, in one or two sentences.
 
     Raises:
@@ -41,11 +43,14 @@ class Key:
     most: float | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
+    each: type = float
     doc: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in (*NOUNS, dict):
-            raise ConfigError(f"Key: its kind is a dict, int, float, str or bool, not {self.kind}")
+        if self.kind not in (*NOUNS, list, dict):
+            raise ConfigError(
+                f"Key: its kind is a dict, list, int, float, str or bool, not {self.kind}"
+            )
 
     @property
     def required(self) -> bool:
@@ -54,8 +59,8 @@ class Key:
 
     @property
     def item(self) -> Key:
-        """The key of one number of a ``dict``."""
-        return Key(float, self.least)
+        """The key of one value of a ``dict``, or of one number of a ``list``."""
+        return Key(self.each if self.kind is dict else float, self.least)
 
     @property
     def _takes_any_text(self) -> bool:
@@ -65,6 +70,9 @@ class Key:
         """Whether the key can take a value."""
         if self.kind is dict:
             return isinstance(value, Mapping) and all(map(self.item.fits, value.values()))
+        if self.kind is list:
+            listed = isinstance(value, Sequence) and not isinstance(value, str)
+            return listed and len(value) > 0 and all(map(self.item.fits, value))
         if self.kind is bool or isinstance(value, bool):
             return self.kind is bool and isinstance(value, bool)
         if self.kind is str or isinstance(value, str):
@@ -113,6 +121,10 @@ class Key:
         """
         if self.kind is dict:
             return f"a block with {self.item.describe()} for each term"
+        if self.kind is list:
+            return (
+                f"a list of {self.item.describe().removeprefix('a ').replace('number', 'numbers')}"
+            )
         if self.choices and choices:
             number = "" if self.kind is str else f", or {self.describe(choices=False)}"
             return f"one of {', '.join(self.choices)}{number}"

@@ -21,7 +21,7 @@ from grap_solo.data import evaluation_loader, load_both, load_images, resolve_nu
 from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import device_of, evaluate
 from grap_solo.experiments.grid import Cell, plan
-from grap_solo.experiments.retrain import WARMUP, newest_checkpoint
+from grap_solo.experiments.retrain import AS_LEARNED, learned_weighting, newest_checkpoint
 from grap_solo.experiments.timing import step_costs
 from grap_solo.methods import find_method
 from grap_solo.records.files import (
@@ -72,8 +72,10 @@ def compare(
     Args:
         cfg: a composed configuration that all runs share, except for its ``weighting``.
         methods: names of weightings or of ``definitions``. The suffix ``_tuned`` retrains with the
-            median weights of the method's run with the same seed; ``_finetuned`` trains that run's
-            backbone further with the labels.
+            median weights of the method's run with the same seed and its heads,
+            ``_tuned_weighted`` with plainly weighted heads, as the paper does; ``_scheduled``
+            replays the weights of that run; ``_finetuned`` trains its backbone further with the
+            labels.
         seeds: the seeds of every method.
         definitions: the configuration keys in which a method differs, by name.
         processes: how many runs train at a time, each in a process with its share of the cores;
@@ -282,12 +284,12 @@ def _with_parent(cell: Cell) -> DictConfig:
         return cfg
     if not (cell.parent / RESULT_FILE).exists():
         raise ConfigError(f"the run that it starts from, {cell.parent.name}, has failed")
-    if cfg.weighting.name == "supervised":
+    if cell.suffix == "_finetuned":
         cfg.pretrained_feature_extractor = str(newest_checkpoint(cell.parent))
     else:
-        parent = read_config(cell.parent / CONFIG_FILE)
-        warmup = OmegaConf.select(parent, WARMUP, default=0)
-        cfg.weighting.weights = median_weights(cell.parent / WEIGHTS_FILE, warmup)
+        heads = "weighted" if cell.suffix == "_tuned_weighted" else AS_LEARNED
+        schedule = cell.suffix == "_scheduled"
+        cfg.weighting = learned_weighting([cell.parent], heads=heads, schedule=schedule)
         cfg.tuned_from = {"runs": [str(cell.parent)], "epochs": None, "last": None}
     return cfg
 

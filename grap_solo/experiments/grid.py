@@ -18,7 +18,7 @@ from grap_solo.training.config import expand_paths, run_dir
 from grap_solo.training.run import prepare_one_of_many
 from grap_solo.weighting import WEIGHTINGS
 
-CHILDREN = ("_tuned", "_finetuned")
+CHILDREN = ("_tuned", "_tuned_weighted", "_scheduled", "_finetuned")
 """Suffixes of methods that start from another method's run."""
 GRID_KEYS = ("methods", "seeds", "processes", "definitions")
 
@@ -32,12 +32,14 @@ class Cell:
         seed: the run's seed.
         cfg: the run's configuration, still without the weights or backbone of its parent.
         parent: the folder of the run that it starts from; None if it starts from scratch.
+        suffix: the one of :data:`CHILDREN` that says how it starts from it; None likewise.
     """
 
     method: str
     seed: int
     cfg: DictConfig
     parent: Path | None
+    suffix: str | None = None
 
     @property
     def directory(self) -> Path:
@@ -86,7 +88,7 @@ def plan(
                     OmegaConf.update(mine, "labels.split", "train", force_add=True)
             mine.name = f"{method}-seed{seed}"
             prepare_one_of_many(mine, "a comparison")
-            cells.append(Cell(method, seed, mine, parent))
+            cells.append(Cell(method, seed, mine, parent, suffix))
     return cells
 
 

@@ -29,17 +29,16 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from grap_solo.data import load_both
 from grap_solo.errors import ConfigError, Diverged, unknown_name
+from grap_solo.experiments.retrain import learned_weighting
 from grap_solo.experiments.search_report import REPORT_FILES, trial_name, write_report
 from grap_solo.methods import weighted_name
 from grap_solo.records.files import (
     CONFIG_FILE,
-    MEDIAN_FILE,
     RESULT_FILE,
     make_folder,
     only_one,
     write_json,
 )
-from grap_solo.records.weights import read_median
 from grap_solo.training.config import expand_paths, prepare, run_dir, terms_of
 from grap_solo.training.run import prepare_one_of_many, pretrain
 from grap_solo.training.same_run import (
@@ -339,8 +338,7 @@ def _train_grap_and_tuned(plain: dict[str, Any], directory: Path) -> None:
     if block.get("name") != "grap":
         block = {"name": "grap"}
     _run_once(_run_config(plain, directory, "grap", block))
-    median = read_median(directory / "grap" / MEDIAN_FILE)
-    block = {"name": "fixed", "weights": median}
+    block = learned_weighting([directory / "grap"])
     _run_once(_run_config(plain, directory, "grap_tuned", block))
 
 

@@ -14,6 +14,9 @@ from grap_solo.errors import ConfigError
 from grap_solo.records.files import MEDIAN_FILE, read_text
 from grap_solo.records.tables import read_steps
 
+COURSE_POINTS = 100
+"""The points of a course of weights: steps beyond them are noise of single batches."""
+
 
 def read_weights(
     path: str | os.PathLike[str], allow_no_rows: bool = False
@@ -98,11 +101,7 @@ def pooled_weights(
     for path, warmup in zip(paths, warmup_epochs, strict=True):
         terms, steps, weights = read_weights(path)
         first_terms = first_terms or terms
-        if terms != first_terms:
-            raise ConfigError(
-                f"{path}: its terms are {', '.join(terms)}, the first run's "
-                f"{', '.join(first_terms)}: give runs of the same terms"
-            )
+        _check_same_terms(path, terms, first_terms)
         epoch = steps[:, 1]
         if epochs is not None:
             weights = weights[(epoch >= epochs[0]) & (epoch <= epochs[1])]
@@ -118,6 +117,46 @@ def pooled_weights(
     return (
         median_of_rows(first_terms, rows) if last is None else _by_term(first_terms, rows.mean(0))
     )
+
+
+def course_of_weights(
+    paths: Sequence[str | os.PathLike[str]], points: int = COURSE_POINTS
+) -> dict[str, list[float]]:
+    """Takes each term's effective weights in the course of one or several runs, at equal distances.
+
+    A point is the median over its share of a run's steps, and then the mean over the runs.
+
+    Args:
+        paths: the runs' ``weights.csv``.
+        points: how many points; at most the steps of the shortest run.
+
+    Raises:
+        ConfigError: see :func:`read_weights`; or runs with other terms.
+    """
+    first_terms: list[str] = []
+    found = [read_weights(path) for path in paths]
+    points = min(points, *(len(weights) for _, _, weights in found))
+    courses = []
+    for path, (terms, _, weights) in zip(paths, found, strict=True):
+        first_terms = first_terms or terms
+        _check_same_terms(path, terms, first_terms)
+        shares = np.array_split(weights, points)
+        courses.append([np.median(share, axis=0) for share in shares])
+    mean = np.mean(courses, axis=0).T
+    return {
+        term: [float(f"{value:.6g}") for value in row]
+        for term, row in zip(first_terms, mean, strict=True)
+    }
+
+
+def _check_same_terms(
+    path: str | os.PathLike[str], terms: Sequence[str], first_terms: Sequence[str]
+) -> None:
+    if list(terms) != list(first_terms):
+        raise ConfigError(
+            f"{path}: its terms are {', '.join(terms)}, the first run's "
+            f"{', '.join(first_terms)}: give runs of the same terms"
+        )
 
 
 def _by_term(terms: Sequence[str], values: np.ndarray) -> dict[str, float]:

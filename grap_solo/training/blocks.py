@@ -126,6 +126,9 @@ def _field_of(key: Key) -> tuple[Any, Any]:
     kind: Any = Annotated[key.kind, limits]
     if key.kind is dict:
         kind = dict[str, Annotated[float, limits]]
+        if key.each is list:
+            several = Field(min_length=1)
+            kind = dict[str, Annotated[list[Annotated[float, limits]], several]]
     elif key.choices:
         texts: Any = Annotated[str, OneOf(key.choices)]
         kind = texts if key.kind is str else texts | kind
@@ -162,7 +165,9 @@ def _one_line(model: type[Block], error: ValidationError) -> ConfigError:
         return ConfigError(f"{where}: expected {field.title or A_BLOCK}, got {value!r}")
     key = key_of(field)
     if key.kind is dict and location:
-        return key.item.error(value, f"{where}.{location[0]}")
+        name, *place = location
+        item = key.item.item if place else key.item
+        return item.error(value, ".".join(map(str, [where, name, *place])))
     return key.error(value, where)
 
 

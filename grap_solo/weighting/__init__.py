@@ -25,6 +25,7 @@ from grap_solo.weighting.gramian import (
 from grap_solo.weighting.grap import GraP
 from grap_solo.weighting.mgda import MGDA
 from grap_solo.weighting.scalarized import FAMO, Random, Uncertainty
+from grap_solo.weighting.scheduled import Scheduled
 from grap_solo.weighting.supervised import Auxiliary, Supervised
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
@@ -46,6 +47,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "random": Random,
     "auxiliary": Auxiliary,
     "supervised": Supervised,
+    "scheduled": Scheduled,
 }
 
 DEFAULT_WEIGHTING = "grap"

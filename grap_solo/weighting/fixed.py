@@ -17,8 +17,10 @@ from grap_solo.weighting.base import (
 
 
 class Fixed(Weighting):
-    """Constant weights: ``loss = sum_k w_k L_k``, heads included. A term of weight 0 is not
-    computed, and its head is not trained.
+    """Constant weights: ``loss = sum_k w_k L_k``, heads included.
+
+    A term of weight 0 is not computed, and its head is not trained. With ``heads: unweighted`` or
+    ``reference`` it is: it still trains its own head and what the heads share.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
@@ -36,8 +38,8 @@ class Fixed(Weighting):
         weights = self.options["weights"]
         chosen = self.reference if weights is None else self.vector(weights)
         self.register_buffer("weights", chosen.clone(), persistent=False)
-        values = zip(self.terms, chosen.tolist(), strict=True)
-        self._active = tuple(term for term, weight in values if weight)
+        counts = (chosen + self.head_weights(chosen)).tolist()
+        self._active = tuple(term for term, each in zip(self.terms, counts, strict=True) if each)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any], terms: Sequence[str]) -> None:

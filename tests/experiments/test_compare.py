@@ -254,7 +254,7 @@ def test_bad_input_is_one_line_and_makes_nothing(arguments, message, tmp_path, m
 
 
 def test_every_weighting_is_a_method(tmp_path):
-    names = [*WEIGHTINGS, "mgda_tuned", "grap_finetuned"]
+    names = [*WEIGHTINGS, "mgda_tuned", "grap_tuned_weighted", "dwa_scheduled", "grap_finetuned"]
     cells = plan(configuration(tmp_path), names, [1], {})
     assert {cell.method for cell in cells} == set(names)
     children = {cell.method: cell for cell in cells if cell.parent is not None}
