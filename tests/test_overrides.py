@@ -47,10 +47,15 @@ CLASHING = {
     "--resolve": "--resolve goes with --cfg",
     "--experimental-rerun nowhere": "--experimental-rerun: no such file 'nowhere'",
     "--max_epochs=5": "'--max_epochs': a key of the configuration has no dashes: write max_epochs=",
+    "--max_epochs 5": "a key of the configuration has no dashes: write max_epochs=5",
+    "-seed=5": "'-seed': a key of the configuration has no dashes: write seed=5",
+    "--package data": "--package goes with --cfg",
+    "--shell-completion": "--shell-completion needs to know for which shell",
     "--cfgs=job": "unknown flag '--cfgs': did you mean --cfg?",
     "=3": "=3: not an override (no key)",
     "é=3": "é=3: not an override",
     "name=[x]": "name: expected a text, got ['x']: put a text into quotes: \"name='...'\"",
+    "name=''": "name: expected a text, got an empty text: give one",
     "name=5": "name: expected a text, got 5: put a text into quotes",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,6 +150,8 @@ def open_rgb(source: str | Path | io.BytesIO) -> Image.Image:
     bits instead: one of 16 bits from 65,535, any other from the smallest of 1 (floats only), 255,
     65,535 and 2^31 - 1 that is not below its largest value.
     """
+    if not isinstance(source, io.BytesIO) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError("it is no file")  # A named pipe would be waited for without end.
     with Image.open(source) as image:
         if not image.mode.startswith(("I", "F")):
             return image.convert("RGB")

@@ -233,7 +233,10 @@ def test_the_grids_keys_come_from_the_command_line_too(tmp_path):
         (["methods=[grap]", "seeds=[1]", "max_epochs=0"], "max_epochs: expected a whole number"),
         (["methods=[supervised_tuned]", "seeds=[1]"], "unknown name 'supervised_tuned'"),
         (["methods=[grap]", "seeds=[1]", "definitions=5"], "definitions: expected a block"),
-        (["methods=[a/b]", "seeds=[1]", "definitions={a/b: {}}"], "definitions: 'a/b': it is a path"),
+        (
+            ["methods=[a/b]", "seeds=[1]", "definitions={a/b: {}}"],
+            "definitions: 'a/b': it is a path",
+        ),
         (["methods=[grap]", "seeds=[1]", "devices=2"], "devices: a comparison trains each run on"),
         (["methods=[fixed]", "seeds=[1]", "+data.no_labels=true"], "data.val_path: a comparison"),
         (["methods=[x]", "seeds=[1]", "definitions={x: {weighting: {name: grab}}}"], "'grab'"),
