@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from grap_solo.errors import ConfigError
@@ -138,6 +138,8 @@ def read_image(images: Images, index: int) -> Sample:
         raise
     except Exception as error:
         line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # Its text has an address or the path again.
+            line = "its content is no image"
         raise UnreadableImage(
             f"{images.describe(index)}: cannot be read as an image ({line}): replace or remove it"
         ) from error

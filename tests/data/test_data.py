@@ -447,7 +447,7 @@ def test_parquet_columns_of_view_types_are_read(tmp_path):
     assert [images[0][1], images[1][1]] == [1, 0] and images.stored_size(0)
 
 
-@pytest.mark.parametrize("content", [None, b"nope"])
+@pytest.mark.parametrize("content", [None, b"", b"nope"])
 def test_a_parquet_row_that_cannot_be_read_is_named(content, tmp_path):
     file = tmp_path / "train.parquet"
     write_parquet(file, [0, 1, 0, 1], spoiled={2: content})
