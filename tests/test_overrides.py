@@ -55,8 +55,7 @@ CLASHING = {
     "=3": "=3: not an override (no key)",
     "devices=[0": "a list or block ends with its bracket; a text with",
     "hydra/launcher=nowhere": "Could not find 'hydra/launcher/nowhere'",
-    "--config-name digits/nothing": "Could not find 'digits/nothing'",
-    "accelerator=tpu": "trainer: a package is missing for what its keys ask for: Requirement",
+    "--config-name digits/nothing": "Cannot find primary config 'digits/nothing'",
     "é=3": "é=3: not an override",
     "name=[x]": "name: expected a text, got ['x']: put a text into quotes: \"name='...'\"",
     "name=''": "name: expected a text, got an empty text: give one",
@@ -70,6 +69,13 @@ def test_what_hydra_does_not_take_is_one_line(words, capfd):
     assert main(line) == 2
     error = capfd.readouterr().err
     assert CLASHING[words] in error and error.count("\n") == 1
+
+
+def test_a_missing_package_of_the_trainer_is_one_line(tmp_path, capfd):
+    line = ["pretrain", *FILE[0], *FILE[1], f"checkpoint.dir={tmp_path}", "accelerator=tpu"]
+    assert main(line) == 2
+    error = capfd.readouterr().err
+    assert "trainer: a package is missing for what its keys ask for: Requirement" in error
 
 
 @pytest.mark.parametrize("command", ["retrain", "finetune", "compare", "search"])
