@@ -44,19 +44,30 @@ class Parser(argparse.ArgumentParser):
         folders = any(not action.option_strings for action in self._actions)
         overrides = [each for each in arguments if _is_override(each, folders)]
         rest = [each for each in arguments if not _is_override(each, folders)]
-        for each in rest:
-            self._refuse_dashes(each)
+        for place, each in enumerate(rest):
+            self._refuse_dashes(each, *rest[place + 1 : place + 2])
         given = self.parse_intermixed_args(rest)
         given.overrides, given.flags = overrides, rest
         return given
 
-    def _refuse_dashes(self, argument: str) -> None:
-        """Refuses ``--key=value``: a configuration's keys have no dashes."""
-        flag, equals, _ = argument.partition("=")
-        if not flag.startswith("--") or not equals or flag in self._option_string_actions:
+    def _refuse_dashes(self, argument: str, following: str = "VALUE") -> None:
+        """Refuses ``--key=value`` and ``--key value``: a configuration's keys have no dashes.
+
+        Args:
+            argument: as given.
+            following: the argument after it.
+        """
+        flag, equals, value = argument.partition("=")
+        known = self._option_string_actions
+        if not re.match("--?[A-Za-z]", flag) or flag in known:
             return
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.85)
-        key = f"a key of the configuration has no dashes: write {argument.lstrip('-')}"
+        if not flag.startswith("--") and any(
+            len(each) == 2 and flag.startswith(each) for each in known
+        ):
+            return  # A short flag with its value, such as -cjob.
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.85)
+        override = f"{flag.lstrip('-')}={value if equals else following}"
+        key = f"a key of the configuration has no dashes: write {override}"
         self.error(f"unknown flag '{flag}': {f'did you mean {near[0]}?' if near else key}")
 
     def error(self, message: str) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grap_solo.errors import ConfigError
+from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.gradients import (
     check_loss,
     find_bypass,
@@ -26,6 +26,8 @@ from grap_solo.weighting.base import Statistics, Weighting
 from grap_solo.weighting.gramian import combine_aligned
 
 Rows = tuple[tuple[Tensor, ...], ...]
+DOWNSTREAM = ""
+"""Stands for the downstream loss among the terms; no term has an empty name."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class SharedHead:
         self.scales: Tensor | None = None
 
     def __call__(self, output: Tensor, term: str) -> Tensor:
+        if term not in self.index:
+            raise unknown_name("SharedHead", term, self.index)
         k = self.index[term]
         return _scaled_gradient(output, lambda: 1.0 if self.scales is None else self.scales[k])
 
@@ -182,12 +186,18 @@ def balance(
 
     Raises:
         ConfigError: if ``terms`` returned other names than the weighting has, or a loss that is
-            not of shape (); if a term of a weighting that needs gradients reaches the backbone
-            other than through the embedding (found in the weighting's first step); if ``held_out``
-            is given although the downstream loss trains the backbone; or if ``torch.compile`` made
-            a head that lets only one gradient through.
+            not of shape (); if the downstream loss, or a term of a weighting that needs gradients,
+            reaches the backbone other than through the embedding (found in the weighting's first
+            step); if ``embeddings`` or ``weighting`` are something else; if ``held_out`` is given
+            although the downstream loss trains the backbone; or if ``torch.compile`` made a head
+            that lets only one gradient through.
     """
-    views = (embeddings,) if isinstance(embeddings, Tensor) else tuple(embeddings)
+    views = _read_views(embeddings)
+    if not isinstance(weighting, Weighting):
+        raise ConfigError(
+            f"weighting: expected one such as GraP(names), got {type(weighting).__name__}: see "
+            "build_weighting"
+        )
     labelled = views if held_out is None else tuple(held_out.embeddings)
     if held_out is not None and weighting.downstream_weight:
         raise ConfigError(
@@ -211,6 +221,24 @@ def balance(
     )
 
 
+def _read_views(embeddings: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The embedding of each view.
+
+    Raises:
+        ConfigError: there is none, or one is no tensor of floating point.
+    """
+    one = isinstance(embeddings, Tensor) or not isinstance(embeddings, Iterable)
+    views: tuple[Any, ...] = (embeddings,) if one else tuple(embeddings)
+    for view in views or (None,):
+        if not isinstance(view, Tensor) or not view.is_floating_point():
+            kind = f"one of {view.dtype}" if isinstance(view, Tensor) else type(view).__name__
+            raise ConfigError(
+                "embeddings: expected the backbone's output, a tensor of floating point (B, D) or "
+                f"one for each view, got {kind if views else 'none'}"
+            )
+    return views
+
+
 def _step_without_gradients(
     views: Sequence[Tensor],
     labelled: Sequence[Tensor],
@@ -226,6 +254,8 @@ def _step_without_gradients(
         *(_scaled_gradient(each, lambda: part) if part else each.detach() for each in labelled)
     )
     check_loss(down, "downstream")
+    if not part:  # The terms are trained through the embedding as it is, with their weights.
+        _refuse_bypass(weighting, {DOWNSTREAM: down}, views)
     measured = measure(weighting, losses, down)
     weights = weighting(measured.statistics)
     return Step(
@@ -252,15 +282,13 @@ def _step_with_gradients(
     leaves = tuple(view.detach().requires_grad_() for view in views)
     returned = terms(*leaves)
     losses = _order_losses(returned, weighting, views[0])
-    if not weighting.bypass_checked:  # Once: the terms of later steps have the same graph.
-        _refuse_bypass(returned, views)
-        weighting.bypass_checked = True
     seen_leaves, seen = leaves, losses
     if held_out is not None:
         seen_leaves = tuple(each.detach().requires_grad_() for each in labelled)
         seen = _order_losses(held_out.terms(*seen_leaves), weighting, views[0])
     down = downstream(*seen_leaves)
     check_loss(down, "downstream")
+    _refuse_bypass(weighting, {**returned, DOWNSTREAM: down}, views)
     half = _run_in_float16(views[0])
     scale = weighting.inner_scale if half else None
     aligned = shared is not None and weighting.shared_heads == "aligned_mtl"
@@ -309,10 +337,15 @@ def _step_with_gradients(
 
 def _order_losses(losses: Mapping[str, Tensor], weighting: Weighting, like: Tensor) -> list[Tensor]:
     """The losses in the order of ``weighting.terms``; 0 for a term that is not active."""
+    if not isinstance(losses, Mapping):
+        raise ConfigError(
+            f"terms: expected a dict of losses by name, got {type(losses).__name__}: return one "
+            f"with {', '.join(map(str, weighting.active))}"
+        )
     if not set(weighting.active) <= set(losses) <= set(weighting.terms):
         raise ConfigError(
             f"terms: the weighting is for {', '.join(weighting.active)}, "
-            f"but the losses are {', '.join(losses)}: give both the same names"
+            f"but the losses are {', '.join(map(str, losses))}: give both the same names"
         )
     for name, loss in losses.items():
         check_loss(loss, f"terms: '{name}'")
@@ -320,14 +353,22 @@ def _order_losses(losses: Mapping[str, Tensor], weighting: Weighting, like: Tens
     return [losses.get(name, zero) for name in weighting.terms]
 
 
-def _refuse_bypass(losses: Mapping[str, Tensor], views: Sequence[Tensor]) -> None:
+def _refuse_bypass(
+    weighting: Weighting, losses: Mapping[str, Tensor], views: Sequence[Tensor]
+) -> None:
+    """Refuses a loss that reaches the backbone past the embedding. Looks at the first step only,
+    since the losses of later steps have the same graph."""
+    if weighting.bypass_checked:
+        return
     term = find_bypass(losses, views)
     if term is not None:
+        name = "downstream: it" if term == DOWNSTREAM else f"terms: '{term}'"
         raise ConfigError(
-            f"terms: '{term}' reaches the backbone other than through the embedding that it is "
+            f"{name} reaches the backbone other than through the embedding that it is "
             "given, so its weight would not count there: compute it from the given embedding, and "
             "detach everything else"
         )
+    weighting.bypass_checked = True
 
 
 def _run_in_float16(embedding: Tensor) -> bool:

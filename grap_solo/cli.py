@@ -101,8 +101,16 @@ def _pretrain(given: argparse.Namespace) -> None:
     job = given.experimental_rerun
     if job is not None and not os.path.isfile(job):
         raise ConfigError(f"pretrain: --experimental-rerun: no such file '{job}'")
-    if given.resolve and given.cfg is None:
-        raise ConfigError("pretrain: --resolve goes with --cfg: add --cfg job")
+    for flag, value in (("--resolve", given.resolve), ("--package", given.package)):
+        if value and given.cfg is None:
+            raise ConfigError(f"pretrain: {flag} goes with --cfg: add --cfg job")
+    tasks = ("install", "uninstall", "query")
+    if given.shell_completion and not any(
+        each.partition("=")[0] in tasks for each in given.overrides
+    ):
+        raise ConfigError(
+            "pretrain: --shell-completion needs to know for which shell: add install=bash"
+        )
     name = given.config_name
     # Hydra also looks in configs/, where every file lies in a folder of its own.
     if name is not None and "/" not in name and given.config_path is not None:

@@ -93,9 +93,12 @@ def readable_overrides(overrides: Iterable[str]) -> list[str]:
         if reason is not None and _why_unreadable(quoted) is not None:
             raise ConfigError(f"{text}: not an override ({reason}): expected key=value")
         if reason is not None:
+            listed = (
+                "a list or block ends with its bracket; " if value.startswith(("[", "{")) else ""
+            )
             raise ConfigError(
-                f"{key.lstrip('+')}: hydra cannot read {value} ({reason}): a text with such "
-                f"characters needs quotes: {_for_shell(quoted)}"
+                f"{key.lstrip('+')}: hydra cannot read {value} ({reason}): {listed}a text with "
+                f"such characters needs quotes: {_for_shell(quoted)}"
             )
         found.append(text)
     return found

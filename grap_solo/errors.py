@@ -50,7 +50,7 @@ def is_machine_failure(error: Exception) -> bool:
 def refusal(error: Exception) -> str:
     """The one line that the command line prints for an error."""
     text = str(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.strerror:  # Hydra's have a text alone.
         place = "a file" if error.filename is None else error.filename
         text = f"{place}: cannot be read or written: {error.strerror}"
     return f"grap-solo: {' '.join(text.split())}"

@@ -110,6 +110,8 @@ class Key:
         words = self.describe(choices=self.kind is str)
         if isinstance(value, float) and not math.isfinite(value):
             words = words.replace("a ", "a finite ", 1)
+        if value == "":
+            return ConfigError(f"{where}: expected {words}, got an empty text: give one")
         quoting = f": put a text into quotes: \"{where}='...'\"" if self._takes_any_text else ""
         return ConfigError(f"{where}: expected {words}, got {value!r}{quoting}")
 

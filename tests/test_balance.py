@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grap_solo import ConfigError, Equal, Fixed, GraP, SharedHead, balance
+from grap_solo import ConfigError, Equal, Fixed, GraP, SharedHead, balance, build_weighting
 
 
 class Net(nn.Module):
@@ -250,6 +250,46 @@ def test_a_term_that_reaches_the_backbone_past_the_embedding_is_refused(way):
     # A rule that needs no gradients multiplies the whole term by its weight: nothing is wrong.
     balance(view, bad, net.downstream, Fixed(net.names).double()).loss.backward()
     assert net.backbone[0].weight.grad.any()
+
+
+@pytest.mark.parametrize("rule", [GraP, Fixed])
+@pytest.mark.parametrize("way", BYPASSES)
+def test_a_downstream_loss_that_reaches_the_backbone_past_the_embedding_is_refused(way, rule):
+    net = Net(3, 1)
+    (view,) = net.embed()
+
+    def bad(z):
+        return net.downstream(z) + BYPASSES[way](net, view)
+
+    with pytest.raises(ConfigError, match="^downstream: it reaches the backbone other than"):
+        balance(view, net.terms, bad, rule(net.names).double())
+
+
+@pytest.mark.parametrize("make", [GraP, Fixed])
+@pytest.mark.parametrize("returned", [None, 3.0, torch.ones(()), [torch.ones(())], {1: None}])
+def test_terms_that_are_no_losses_by_name_are_refused(make, returned):
+    net = Net(2, 1)
+    with pytest.raises(ConfigError, match="^terms: (expected a dict|the weighting is for term0)"):
+        balance(net.embed()[0], lambda z: returned, net.downstream, make(net.names).double())
+
+
+@pytest.mark.parametrize("embeddings", [[], None, [None], [[1.0]], torch.ones(2, 2).long()])
+def test_embeddings_that_are_no_tensors_are_refused(embeddings):
+    net = Net(2, 1)
+    with pytest.raises(ConfigError, match="^embeddings: expected the backbone's output"):
+        balance(embeddings, net.terms, net.downstream, GraP(net.names))
+
+
+def test_names_and_weightings_of_a_wrong_kind_are_refused():
+    net = Net(2, 1)
+    with pytest.raises(ConfigError, match="^weighting: expected one such as GraP.*got str"):
+        balance(net.embed(), net.terms, net.downstream, "grap")
+    with pytest.raises(ConfigError, match="^weighting: expected a block of keys"):
+        build_weighting("grap", net.names)
+    with pytest.raises(ConfigError, match="^terms: expected one or more different names"):
+        GraP("ab")
+    with pytest.raises(ConfigError, match="^SharedHead: unknown name 'term9'"):
+        SharedHead(net.names)(torch.ones(2), "term9")
 
 
 def test_a_detached_use_of_the_backbone_is_allowed_and_the_graph_is_walked_once(monkeypatch):

@@ -47,10 +47,18 @@ CLASHING = {
     "--resolve": "--resolve goes with --cfg",
     "--experimental-rerun nowhere": "--experimental-rerun: no such file 'nowhere'",
     "--max_epochs=5": "'--max_epochs': a key of the configuration has no dashes: write max_epochs=",
+    "--max_epochs 5": "a key of the configuration has no dashes: write max_epochs=5",
+    "-seed=5": "'-seed': a key of the configuration has no dashes: write seed=5",
+    "--package data": "--package goes with --cfg",
+    "--shell-completion": "--shell-completion needs to know for which shell",
     "--cfgs=job": "unknown flag '--cfgs': did you mean --cfg?",
     "=3": "=3: not an override (no key)",
+    "devices=[0": "a list or block ends with its bracket; a text with",
+    "hydra/launcher=nowhere": "Could not find 'hydra/launcher/nowhere'",
+    "--config-name digits/nothing": "Cannot find primary config 'digits/nothing'",
     "é=3": "é=3: not an override",
     "name=[x]": "name: expected a text, got ['x']: put a text into quotes: \"name='...'\"",
+    "name=''": "name: expected a text, got an empty text: give one",
     "name=5": "name: expected a text, got 5: put a text into quotes",
 }
 
@@ -61,6 +69,13 @@ def test_what_hydra_does_not_take_is_one_line(words, capfd):
     assert main(line) == 2
     error = capfd.readouterr().err
     assert CLASHING[words] in error and error.count("\n") == 1
+
+
+def test_a_missing_package_of_the_trainer_is_one_line(tmp_path, capfd):
+    line = ["pretrain", *FILE[0], *FILE[1], f"checkpoint.dir={tmp_path}", "accelerator=tpu"]
+    assert main(line) == 2
+    error = capfd.readouterr().err
+    assert "trainer: a package is missing for what its keys ask for: Requirement" in error
 
 
 @pytest.mark.parametrize("command", ["retrain", "finetune", "compare", "search"])

@@ -117,7 +117,7 @@ class _Visible(torchvision.datasets.ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = _visible_folders(Path(directory))
         if not names:
-            raise FileNotFoundError(f"no class folders in {directory}")
+            raise FileNotFoundError("it has no class folders")
         return names, {name: label for label, name in enumerate(names)}
 
 
@@ -299,7 +299,10 @@ def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:
     try:
         return ClassFolders(path)
     except FileNotFoundError as error:
-        raise ConfigError(f"{key}: {error}".splitlines()[0]) from None
+        line = str(error).partition("\n")[0].partition(". Supported")[0].rstrip(".")
+        raise ConfigError(
+            f"{key}: {path}: {line}: put images into them, or remove the folders"
+        ) from None
 
 
 def _load_cifar(config: DictConfig, path: Path, key: str, train: bool) -> Images:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from grap_solo.errors import ConfigError
@@ -137,6 +138,8 @@ def read_image(images: Images, index: int) -> Sample:
         raise
     except Exception as error:
         line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # Its text has an address or the path again.
+            line = "its content is no image"
         raise UnreadableImage(
             f"{images.describe(index)}: cannot be read as an image ({line}): replace or remove it"
         ) from error
@@ -149,6 +152,8 @@ def open_rgb(source: str | Path | io.BytesIO) -> Image.Image:
     bits instead: one of 16 bits from 65,535, any other from the smallest of 1 (floats only), 255,
     65,535 and 2^31 - 1 that is not below its largest value.
     """
+    if not isinstance(source, io.BytesIO) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError("it is no file")  # A named pipe would be waited for without end.
     with Image.open(source) as image:
         if not image.mode.startswith(("I", "F")):
             return image.convert("RGB")

@@ -41,6 +41,8 @@ class Parquet(Images):
         try:
             table = pyarrow.parquet.read_table(path, columns=["img", "label"])
             self.encoded = pyarrow.compute.struct_field(table["img"], "bytes")
+            if not _is_bytes(self.encoded.type):
+                raise TypeError(f"the images' 'bytes' are of type {self.encoded.type}, not binary")
             labels = table["label"].combine_chunks()
         except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -49,7 +51,7 @@ class Parquet(Images):
             ) from None
         if pyarrow.types.is_dictionary(labels.type):
             labels = labels.dictionary_decode()
-        if pyarrow.types.is_string(labels.type) or pyarrow.types.is_large_string(labels.type):
+        if _is_text(labels.type):
             self._number_texts(labels)
         else:
             self.targets = _whole_labels(labels, path)
@@ -73,6 +75,26 @@ class Parquet(Images):
     def stored_size(self, index: int) -> int:
         data = self.encoded[index]
         return len(data.as_buffer()) if data.is_valid else 0
+
+
+def _is_bytes(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    tests = (
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+        types.is_fixed_size_binary,
+    )
+    return any(test(kind) for test in tests)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    return any(
+        test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)
+    )
 
 
 def _whole_labels(labels: pyarrow.Array, path: Path) -> np.ndarray:

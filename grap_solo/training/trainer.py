@@ -80,6 +80,11 @@ def make_trainer(
             use_distributed_sampler=False,  # The loaders have their own samplers.
         )
         return pl.Trainer(**kwargs)
+    except ImportError as error:  # What a TPU, a strategy or a profiler needs.
+        line = " ".join(str(error).split())
+        raise ConfigError(
+            f"trainer: a package is missing for what its keys ask for: {line}"
+        ) from None
     except (MisconfigurationException, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"trainer: {error}".splitlines()[0]) from None
 

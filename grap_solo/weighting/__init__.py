@@ -82,6 +82,11 @@ def build_weighting(
     Raises:
         ConfigError: an unknown name or key, or a value that its key cannot take.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"weighting: expected a block of keys such as {{'name': '{DEFAULT_WEIGHTING}'}}, got "
+            f"{config!r}"
+        )
     given = dict(config)
     rule = find_weighting(given.pop("name", None))
     refuse_unknown(rule.keys, given, "weighting")  # A key named `terms` would clash below.

@@ -152,9 +152,9 @@ class Weighting(nn.Module, ABC):
         self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
         super().__init__()
-        self.terms = tuple(terms)
-        if not self.terms or len(set(self.terms)) < len(self.terms):
-            raise ConfigError(f"terms: expected one or more different names, got {list(terms)}")
+        self.terms = () if isinstance(terms, str) else tuple(terms)  # No text's letters.
+        if not all(self.terms) or not self.terms or len(set(self.terms)) < len(self.terms):
+            raise ConfigError(f"terms: expected one or more different names, got {terms!r}")
         weights = dict.fromkeys(self.terms, 1.0) if reference is None else reference
         check_weights(weights, self.terms, "reference weights")
         self.register_buffer("reference", self.vector(weights), persistent=False)

@@ -1,6 +1,7 @@
 """Datasets, formats and augmentations from solo-learn's keys, on small real files."""
 
 import io
+import os
 import pickle
 
 import numpy as np
@@ -405,11 +406,14 @@ def test_a_float_image_without_numbers_is_read(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("spoil", ["truncated", "text", "empty", "dangling"])
+@pytest.mark.parametrize("spoil", ["truncated", "text", "empty", "dangling", "pipe"])
 def test_an_image_that_cannot_be_read_is_named(spoil, batched, workers, tmp_path):
     path = class_folders(tmp_path / "train", ["a", "b"])
     file = tmp_path / "train" / "b" / "1.png"
-    if spoil == "dangling":
+    if spoil == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif spoil == "dangling":
         file.unlink()
         file.symlink_to("nowhere.png")
     else:
@@ -423,7 +427,27 @@ def test_an_image_that_cannot_be_read_is_named(spoil, batched, workers, tmp_path
         assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("content", [None, b"nope"])
+@pytest.mark.parametrize("content", ["text", [1, 2], None])
+def test_parquet_images_that_are_no_bytes_are_refused(content, tmp_path):
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"img": [{"bytes": content}] * 4, "label": [0, 1, 0, 1]}), file)
+    block = data("custom", format="parquet", train_path=str(file))
+    with pytest.raises(ConfigError, match=f"^{file}: not a Parquet file.*'bytes' are of type"):
+        load_images(block, train=True)
+
+
+def test_parquet_columns_of_view_types_are_read(tmp_path):
+    file = tmp_path / "train.parquet"
+    write_parquet(file, ["b", "a"], pa.string_view())
+    table = pq.read_table(file)
+    kind = pa.struct([("bytes", pa.binary_view()), ("path", pa.string())])
+    views = pa.array(table["img"].to_pylist(), kind)
+    pq.write_table(table.set_column(0, "img", views), file)
+    images = load_images(data("custom", format="parquet", train_path=str(file)), train=True)
+    assert [images[0][1], images[1][1]] == [1, 0] and images.stored_size(0)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"nope"])
 def test_a_parquet_row_that_cannot_be_read_is_named(content, tmp_path):
     file = tmp_path / "train.parquet"
     write_parquet(file, [0, 1, 0, 1], spoiled={2: content})
