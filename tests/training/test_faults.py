@@ -98,7 +98,7 @@ def test_too_many_in_a_row_stop_the_run_with_its_files_whole(tmp_path, monkeypat
     run = tmp_path / "run"
     _, steps, weights = read_weights(run / "weights.csv")
     assert np.isfinite(weights).all() and len(steps) == 6
-    _, state = newest_whole(run / "checkpoints", "run")
+    _, state = newest_whole(run / "checkpoints")
     assert all(v.isfinite().all() for v in state["state_dict"].values() if torch.is_tensor(v))
     assert (run / "median_weights.yaml").exists() and not (run / "trained.json").exists()
 
@@ -213,7 +213,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_stays(tmp_path):
     printed = output_of(process, output, 2)
     lines = [line for line in printed.splitlines() if line.startswith("grap-solo: ")]
     assert len(lines) == 1 and "cannot be written to" in lines[0], printed[-2000:]
-    path, _ = newest_whole(tmp_path / "run" / "checkpoints", "run")
+    path, _ = newest_whole(tmp_path / "run" / "checkpoints")
     assert path.name == "run-ep0.ckpt"
 
 

@@ -145,7 +145,7 @@ def test_an_exploding_update_keeps_the_last_good_checkpoint_and_is_not_a_finishe
     with pytest.raises(Diverged, match=rf"{cause}, .*/run-ep0.ckpt is from bef"):
         pretrain(cfg, [spoil])
     run = tmp_path / "run"
-    path, state = newest_whole(run / "checkpoints", "run")
+    path, state = newest_whole(run / "checkpoints")
     assert path.name == "run-ep0.ckpt" and find_not_finite(state) is None
     assert not (run / "trained.json").exists()
     assert pretrain(cfg).directory == run and (run / "trained.json").exists()  # It resumes.
