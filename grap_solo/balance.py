@@ -6,7 +6,7 @@ Works in any PyTorch loop: it needs neither Lightning nor solo-learn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from grap_solo.errors import ConfigError
-from grap_solo.gradients import check_loss, find_bypass, measure, stack_by_view, take_gradient
+from grap_solo.gradients import (
+    check_loss,
+    find_bypass,
+    gramian_of_mean,
+    measure,
+    stack_by_view,
+    take_gradient,
+)
 from grap_solo.weighting.base import Statistics, Weighting
+from grap_solo.weighting.gramian import combine_aligned
 
 Rows = tuple[tuple[Tensor, ...], ...]
 
@@ -77,10 +85,12 @@ class SharedHead:
 
     Args:
         terms: the names of the K terms.
+        parameters: the module's. Only ``shared_heads: aligned_mtl`` needs them.
     """
 
-    def __init__(self, terms: Sequence[str]) -> None:
+    def __init__(self, terms: Sequence[str], parameters: Iterable[Tensor] = ()) -> None:
         self.index = {name: k for k, name in enumerate(terms)}
+        self.parameters = tuple(parameters)
         self.scales: Tensor | None = None
 
     def __call__(self, output: Tensor, term: str) -> Tensor:
@@ -253,8 +263,13 @@ def _step_with_gradients(
     check_loss(down, "downstream")
     half = _run_in_float16(views[0])
     scale = weighting.inner_scale if half else None
+    aligned = shared is not None and weighting.shared_heads == "aligned_mtl"
+    inputs = leaves
+    if shared is not None and aligned:
+        inputs += tuple(each for each in shared.parameters if each.requires_grad)
     with torch.autocast(views[0].device.type, enabled=False):
-        rows = stack_by_view([take_gradient(each, leaves, scale) for each in losses])
+        taken = [take_gradient(each, inputs, scale) for each in losses]
+        rows = stack_by_view([each[: len(leaves)] for each in taken])
         target = take_gradient(down, seen_leaves, scale)
         if held_out is None:
             measured = measure(weighting, losses, down, rows, target)
@@ -274,8 +289,11 @@ def _step_with_gradients(
             if weighting.downstream_weight:
                 composite = composite + weighting.downstream_weight * down_row
             loss = loss + (view.to(composite.dtype) * composite).sum()
-    if shared is not None and weighting.shared_heads == "weights":
-        shared.reset((weights / heads).nan_to_num(posinf=0.0))
+    if shared is not None and weighting.shared_heads != "sum":
+        wanted = weights
+        if aligned:
+            wanted = combine_aligned(gramian_of_mean([each[len(leaves) :] for each in taken]))
+        shared.reset((wanted / heads).nan_to_num(posinf=0.0, neginf=0.0))
     return Step(
         loss=loss,
         losses=dict(zip(weighting.terms, losses, strict=True)),

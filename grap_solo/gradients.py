@@ -109,6 +109,23 @@ def stack_by_view(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.stack(view) for view in zip(*rows, strict=True)]
 
 
+def gramian_of_mean(rows: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """The Gramian of the terms' gradients by shared parameters, shape (K, K).
+
+    On several ranks it is that of the gradients' means, which are the gradients of the joined
+    batch. This costs one all-reduce of K times the parameters' number.
+
+    Args:
+        rows: for each of the K terms, its gradient by each parameter.
+    """
+    matrix = torch.stack([torch.cat([each.flatten() for each in row]) for row in rows])
+    size = world_size()
+    if size > 1:
+        dist.all_reduce(matrix)
+        matrix /= size
+    return matrix @ matrix.T
+
+
 class Measured(NamedTuple):
     """The statistics of a batch.
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from grap_solo.report.plots import COLORS
 from grap_solo.weighting.base import Statistics
-from grap_solo.weighting.grap import NORMALIZATIONS, GraP, objective, objective_gradient
+from grap_solo.weighting.grap import GraP, objective, objective_gradient
+from grap_solo.weighting.grap_keys import NORMALIZATIONS
 
 TARGET = Path(__file__).parents[1] / "docs" / "images" / "figure2.png"
 

@@ -17,9 +17,16 @@ def own_compiler_cache(tmp_path_factory):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
-def solo_learn_is_there() -> bool:
+# The markers of tests that compare with others' code: what is imported, and why it is skipped.
+OTHERS_CODE = {
+    "solo_learn": ("solo.methods.base", "solo-learn's main branch is not on the path"),
+    "aligned_hpo": ("aligned_hpo", "aligned-hpo, or the datasketches it needs, is not on the path"),
+}
+
+
+def can_be_imported(module: str) -> bool:
     try:
-        importlib.import_module("solo.methods.base")
+        importlib.import_module(module)
     except ImportError:
         return False
     return True
@@ -32,11 +39,11 @@ def shares_fixture(file: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    if not solo_learn_is_there():
-        skip = pytest.mark.skip(reason="solo-learn's main branch is not on the path")
-        for item in items:
-            if "solo_learn" in item.keywords:
-                item.add_marker(skip)
+    for marker, (module, reason) in OTHERS_CODE.items():
+        if not can_be_imported(module):
+            for item in items:
+                if marker in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=reason))
     # Slow tests come first, so that no worker is left alone with one of them at the end.
     slow = {item.path for item in items if "slow" in item.keywords and shares_fixture(item.path)}
     items.sort(key=lambda item: item.path not in slow and "slow" not in item.keywords)

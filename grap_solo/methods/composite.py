@@ -179,9 +179,12 @@ class CompositeMethod(RecordedMethod, ABC):
         rule: Any = OmegaConf.to_container(self.cfg.weighting, resolve=True)
         self.weighting = build_weighting(rule, tuple(reference), reference)
         self.separate: bool = self.cfg.method_kwargs.separate_projectors
-        weighted = self.weighting.needs_gradients and self.weighting.shared_heads == "weights"
-        shares = weighted and not self.separate
-        self.shared = SharedHead(self.weighting.terms) if shares else None
+        weighted = self.weighting.needs_gradients and self.weighting.shared_heads != "sum"
+        self.shared: SharedHead | None = None
+        if weighted and not self.separate:
+            projector = self._own_projector
+            parameters = [] if projector is None else projector.parameters()
+            self.shared = SharedHead(self.weighting.terms, parameters)
         self.projectors = nn.ModuleDict()
         if self.separate:
             if self._own_projector is None:
@@ -381,13 +384,26 @@ class CompositeMethod(RecordedMethod, ABC):
         self.weighting.after_step(mean_over_ranks(values))
 
     def on_train_start(self) -> None:
-        """Sets the momentum schedule to the step of a resumed run."""
+        """Tells the weighting the run's length, and sets the momentum schedule to the step of a
+        resumed run."""
         super().on_train_start()
         # Set anew because the reference weights are now on the device. They are recorded if the
         # first steps are skipped.
         self.effective_weights = self.weighting.reference
         self.last_step = self.trainer.global_step
+        self.weighting.set_total_steps(self._count_batches())
         if self.last_step and isinstance(self, BaseMomentumMethod):
             self.momentum_updater.update_tau(
                 self.last_step, int(self.trainer.estimated_stepping_batches)
             )
+
+    def _count_batches(self) -> float:
+        """The batches of the whole run on each device, however it is cut; infinite without an end.
+
+        A weighting learns from every batch, so gradient accumulation does not change their number.
+        """
+        trainer = self.trainer
+        counts = [trainer.estimated_stepping_batches * trainer.accumulate_grad_batches]
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            counts.append(trainer.max_epochs * trainer.num_training_batches)
+        return min(counts)

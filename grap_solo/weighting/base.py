@@ -15,7 +15,7 @@ from grap_solo.keys import Key, read_keys
 
 SCALES = ("none", "reference", "unit")
 HEADS = ("weighted", "unweighted", "reference")
-SHARED_HEADS = ("sum", "weights")
+SHARED_HEADS = ("sum", "weights", "aligned_mtl")
 
 WEIGHTS = Key(
     dict,
@@ -79,7 +79,11 @@ def treatment_keys(scale: str = "none", heads: str = "weighted") -> dict[str, Ke
             choices=SHARED_HEADS,
             default="sum",
             doc="What trains a module that several terms share, such as a projector: `sum`, the "
-            "sum of what the terms' heads get; `weights`, the same weighted sum as the backbone.",
+            "sum of what the terms' heads get; `weights`, the same weighted sum as the backbone; "
+            "`aligned_mtl`, the sum of the unweighted terms' gradients by the module's parameters, "
+            "whose principal components are first brought to the least one's size (Senushkin et "
+            "al. 2023, arXiv 2305.19000, Alg. 1; `shared_algorithm: aligned-mtl` of GraP's "
+            "authors). It stores K gradients of the module.",
         ),
     }
 
@@ -185,7 +189,8 @@ class Weighting(nn.Module, ABC):
     @classmethod
     def asks_for_gradients(cls, options: Mapping[str, Any]) -> bool:
         """Whether a rule with these options needs the embedding gradients."""
-        return cls.uses_gradients or options["scale"] != "none" or options["heads"] != "weighted"
+        treated = options["scale"] != "none" or options["heads"] != "weighted"
+        return cls.uses_gradients or treated or options["shared_heads"] == "aligned_mtl"
 
     @property
     def needs_gradients(self) -> bool:
@@ -215,16 +220,32 @@ class Weighting(nn.Module, ABC):
                 weights are ``e = s w / sqrt(w^T C w)``, where ``s`` is the norm to reach.
             evidence: statistics of the batch that the rule learns from; the same batch when None.
         """
+        # Taken first: an average over the steps must not count this one twice.
+        gramian = self.scale_gramian(statistics) if evidence is None else statistics.gramian
         weights = self.direction(statistics if evidence is None else evidence)
         if self.scale == "none":
             return weights
-        gramian = statistics.gramian
         assert gramian is not None
         weights = weights.to(gramian.dtype)
         unit = weights / composite_norm(weights, gramian)
         if self.scale == "reference":
             return unit * composite_norm(self.reference.to(gramian.dtype), gramian)
         return unit if self.scale == "unit" else unit * float(self.scale)
+
+    def scale_gramian(self, statistics: Statistics) -> Tensor | None:
+        """The Gramian with which ``scale`` measures norms, shape (K, K)."""
+        return statistics.gramian
+
+    def set_total_steps(self, steps: float) -> None:
+        """Tells the rule how many batches the run has, before the first of them. A training loop
+        with a rule that is given a learning rate per run calls it, also when it resumes.
+
+        Args:
+            steps: the batches on each device, over all epochs; infinite if the run has no end.
+
+        Raises:
+            ConfigError: the rule needs the number, and it is not finite or below 1.
+        """
 
     def head_weights(self, effective: Tensor) -> Tensor:
         """The factor of each term for its own head, shape (K,)."""

@@ -104,6 +104,20 @@ class AlignedMTL(GramianWeighting):
         self.rule = aggregation.AlignedMTLWeighting(scale_mode=self.options["scale_mode"])
 
 
+def combine_aligned(gramian: Tensor) -> Tensor:
+    """The weights of the terms' gradients whose sum has all principal components at the size of the
+    least one, shape (K,) (Senushkin et al. 2023, arXiv 2305.19000, Alg. 1).
+
+    They are 1 for a Gramian, (K, K), that is not finite or 0. Computed on the CPU in float64.
+    """
+    given = gramian.double().cpu()
+    size = given.trace()
+    if not given.isfinite().all() or size <= 0:
+        return torch.ones_like(gramian[0])
+    weights = aggregation.AlignedMTLWeighting()(given / size)  # Of the mean, not of the sum.
+    return (len(given) * weights).to(gramian)
+
+
 class IMTLG(GramianWeighting):
     """Impartial multi-task learning: the combination has equal projections onto every gradient's
     direction (Liu et al. 2021, "Towards Impartial Multi-task Learning", Eq. 3)."""

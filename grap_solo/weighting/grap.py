@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grap_solo.keys import Key
-from grap_solo.weighting.base import (
-    CAUSES,
-    Statistics,
-    Weighting,
-    composite_norm,
-    treatment_keys,
-)
+from grap_solo.errors import ConfigError
+from grap_solo.weighting.base import CAUSES, Statistics, Weighting, composite_norm
+from grap_solo.weighting.grap_keys import GRAP_KEYS, apply_recipe
+from grap_solo.weighting.smoothing import average_on, to_cosines, with_norms
 
-NORMALIZATIONS = ("gradient", "sum", "none")
-WEIGHT_OPTIMIZERS = ("adam", "sgd")
+State = list[tuple[Tensor, Tensor]]
 
 
 def objective(weights: Tensor, gramian: Tensor, products: Tensor, normalization: str) -> Tensor:
@@ -54,12 +50,24 @@ def objective_gradient(
     return products
 
 
+def pull_gradient(weights: Tensor, gramian: Tensor) -> Tensor:
+    """The gradient of ``(|u| - 1)^2`` by the weights, shape (K,), with ``u_k = w_k sqrt(C_kk)``.
+
+    Args:
+        weights: ``w``, shape (K,).
+        gramian: ``C``, shape (K, K).
+    """
+    norms = gramian.diagonal().sqrt()
+    size = (weights * norms).norm().clamp(min=torch.finfo(norms.dtype).tiny)
+    return 2 * (size - 1) * (weights * norms / size) * norms
+
+
 class GraP(Weighting):
     """Gradient-aligned pretraining (Karpukhin & Savchenko 2026, arXiv 2605.07756, Alg. 1).
 
     Each step in training mode moves ``w`` so that the composite gradient ``w^T G`` aligns better
     with the downstream gradient ``g_down``. A step uses the weights from before its own update.
-    ``w`` starts at 1 and is clipped at 0 from below.
+    ``w`` starts at 1.
 
     ``g_down`` enters with unit norm, as in the authors' code. The objective is then the cosine of
     the two gradients, and the learning rate means the same from the first epoch to the last.
@@ -71,53 +79,20 @@ class GraP(Weighting):
 
     In Alg. 1 each head gets its own unweighted gradient (``heads: unweighted``). The authors' code
     multiplies it by the reference weights when it rescales the composite (``heads: reference``).
+    The keys name what else their optimiser has, ``AlignedHPOptimizer`` of
+    github.com/ivan-chai/aligned-hpo. ``recipe: paper`` is their vision setting.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
         reference: see :class:`~grap_solo.weighting.base.Weighting`.
         given: :attr:`keys`, by name.
+
+    Raises:
+        ConfigError: see :class:`~grap_solo.weighting.base.Weighting`; or ``lr`` and
+            ``lr_per_run`` are both given.
     """
 
-    keys = {
-        "lr": Key(
-            float,
-            above=0,
-            default=0.1,
-            doc="How far one step moves the terms' weights. It is not scaled with the batch size "
-            "and has no schedule.",
-        ),
-        "optimizer": Key(
-            str,
-            choices=WEIGHT_OPTIMIZERS,
-            default="adam",
-            doc="The optimiser of the weights. Adam has betas 0.9 and 0.999 and eps 1e-8, as "
-            "torch's.",
-        ),
-        "normalization": Key(
-            str,
-            choices=NORMALIZATIONS,
-            default="gradient",
-            doc="What the objective p^T w is divided by: `gradient`, the composite gradient's norm "
-            "sqrt(w^T C w); `sum`, the sum of the weights; `none`, 1 (arXiv 2605.07756, Table 5).",
-        ),
-        "ema": Key(
-            float,
-            least=0,
-            below=1,
-            default=0.0,
-            doc="The share of the past in the moving averages of Gramian and products that the "
-            "weights learn from (arXiv 2605.07756, Appendix A), bias-corrected as in Adam. 0 "
-            "learns from each step's own.",
-        ),
-        "warmup_epochs": Key(
-            int,
-            least=0,
-            default=0,
-            doc="Epochs for which the weights stay at their start. During them grap-solo "
-            "keeps the rule in eval mode; in a loop of your own, call `weighting.eval()`.",
-        ),
-        **treatment_keys(scale="reference", heads="unweighted"),
-    }
+    keys = GRAP_KEYS
     uses_gradients = True
     needs_labels = True
     weights: Tensor
@@ -125,15 +100,20 @@ class GraP(Weighting):
     exp_avg_sq: Tensor
     updates: Tensor
     average: Tensor
+    norms: Tensor
 
     def __init__(
         self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
         super().__init__(terms, reference, **given)
-        self.lr: float = self.options["lr"]
+        self.lr: float | None = self.options["lr"]
         self.optimizer: str = self.options["optimizer"]
         self.normalization: str = self.options["normalization"]
+        self.absolute: bool = self.options["parametrization"] == "abs"
         self.ema: float = self.options["ema"]
+        self.average_first: int = self.options["average_first"]
+        self.norm_ema: float | None = self.options["norm_ema"]
+        self.regularization: float = self.options["regularization"]
         self.warmup_epochs = self.options["warmup_epochs"]
         # Buffers hold the optimiser's state: they are saved with the model, and a step that must
         # not be learned from is masked out on the device, without a synchronisation.
@@ -141,37 +121,96 @@ class GraP(Weighting):
         self.register_buffer("exp_avg", torch.zeros(len(self.terms)))
         self.register_buffer("exp_avg_sq", torch.zeros(len(self.terms)))
         self.register_buffer("updates", torch.zeros(()))
-        if self.ema:
+        if self.ema or self.average_first:
             count = len(self.terms)
             self.register_buffer("average", torch.zeros(count * count + count))
+        if self.norm_ema is not None:
+            self.register_buffer("norms", torch.zeros(len(self.terms)))
+
+    @classmethod
+    def read_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`Weighting.read_options`, with the recipe's values. ``lr`` is None if
+        ``lr_per_run`` is given."""
+        options = super().read_options(apply_recipe(given))
+        return options if options["lr_per_run"] is None else {**options, "lr": None}
+
+    def set_total_steps(self, steps: float) -> None:
+        if self.options["lr_per_run"] is None:
+            return
+        if not 1 <= steps < math.inf:
+            raise ConfigError(
+                f"weighting.lr_per_run: needs a run of a known length, got {steps:g} batches: set "
+                "max_epochs, or give weighting.lr instead"
+            )
+        self.lr = self.options["lr_per_run"] / steps
 
     def direction(self, statistics: Statistics) -> Tensor:
         assert statistics.gramian is not None
-        weights = self.weights.to(statistics.gramian.dtype, copy=True)
+        raw = self.weights.to(statistics.gramian.dtype, copy=True)
         if self.training:
-            self._update(weights, statistics)
+            self._update(raw, statistics)
         else:
-            self.cause = torch.full_like(weights[0], CAUSES.index("held"), dtype=torch.long)
-        return weights
+            self.cause = torch.full_like(raw[0], CAUSES.index("held"), dtype=torch.long)
+        return raw.abs() if self.absolute else raw
 
-    @torch.no_grad()
-    def _update(self, weights: Tensor, statistics: Statistics) -> None:
-        """Takes one ascent step on the objective. The class says which steps are left out."""
+    def scale_gramian(self, statistics: Statistics) -> Tensor:
+        assert statistics.gramian is not None
+        return statistics.gramian if self.norm_ema is None else self._smooth(statistics)[0]
+
+    def _smooth(self, statistics: Statistics) -> tuple[Tensor, Tensor, State]:
+        """The Gramian, the products with a ``g_down`` of norm 1, and the averages' new state."""
         norm = statistics.downstream_norm
         assert statistics.gramian is not None and statistics.products is not None
         assert norm is not None
         gramian, products = statistics.gramian, statistics.products / norm
-        composite = weights @ gramian @ weights
-        updates = self.updates + 1
-        new_state: list[tuple[Tensor, Tensor]] = []
-        if self.ema:
+        state: State = []
+        norms = None
+        if self.norm_ema is not None:
+            cosines = to_cosines(gramian, products)
+            gramian, products = cosines.gramian, cosines.products
+            norms = average_on(self.norms, cosines.norms, self.updates, self.norm_ema, first=1)
+            state.append((self.norms, norms))
+        if self.ema or self.average_first:
             current = torch.cat([gramian.flatten(), products])
-            average = torch.lerp(self.average.to(current), current, 1 - self.ema)
-            new_state.append((self.average, average))
-            smooth = average / (1 - self.ema**updates)
+            if self.average_first:
+                first = self.average_first
+                average = average_on(self.average, current, self.updates, self.ema, first)
+                smooth = average
+            else:
+                average = torch.lerp(self.average.to(current), current, 1 - self.ema)
+                smooth = average / (1 - self.ema ** (self.updates + 1))
+            state.append((self.average, average))
             gramian = smooth[: gramian.numel()].view_as(gramian)
             products = smooth[gramian.numel() :]
+        if norms is not None:
+            gramian, products = with_norms(gramian, products, norms)
+        return gramian, products, state
+
+    @torch.no_grad()
+    def _update(self, raw: Tensor, statistics: Statistics) -> None:
+        """Takes one ascent step on the objective. The class says which steps are left out.
+
+        Args:
+            raw: the learned numbers, shape (K,): the weights, or with ``parametrization: abs``
+                numbers whose absolute values are the weights.
+            statistics: the step's.
+        """
+        if self.lr is None:
+            raise ConfigError(
+                "weighting.lr_per_run: the number of steps of the run is not known: call "
+                "weighting.set_total_steps(N) before the first step, or give weighting.lr"
+            )
+        norm = statistics.downstream_norm
+        assert statistics.gramian is not None and norm is not None
+        weights = raw.abs() if self.absolute else raw
+        composite = weights @ statistics.gramian @ weights
+        updates = self.updates + 1
+        gramian, products, new_state = self._smooth(statistics)
         gradient = objective_gradient(weights, gramian, products, self.normalization)
+        if self.regularization:
+            gradient = gradient - self.regularization * pull_gradient(weights, gramian)
+        if self.absolute:
+            gradient = torch.where(raw >= 0, gradient, -gradient)
         step = gradient
         if self.optimizer == "adam":
             exp_avg = self.exp_avg.lerp(gradient.to(self.exp_avg.dtype), 0.1)
@@ -180,7 +219,8 @@ class GraP(Weighting):
             mean = exp_avg / (1 - 0.9**updates)
             deviation = (exp_avg_sq / (1 - 0.999**updates)).sqrt()
             step = mean / (deviation + 1e-8)
-        moved = (weights + self.lr * step).clamp(min=0)
+        moved = raw + self.lr * step
+        moved = moved if self.absolute else moved.clamp(min=0)
         new_state += [(self.weights, moved), (self.updates, updates)]
 
         # Finds the first cause that applies, in the order of CAUSES, without a synchronisation.

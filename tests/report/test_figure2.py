@@ -10,7 +10,8 @@ import torch
 from helpers import ROOT
 from matplotlib.image import imread
 
-from grap_solo.weighting.grap import NORMALIZATIONS, objective
+from grap_solo.weighting.grap import objective
+from grap_solo.weighting.grap_keys import NORMALIZATIONS
 
 SCRIPT = ROOT / "scripts" / "figure2.py"
 figure2 = SimpleNamespace(**runpy.run_path(str(SCRIPT)))

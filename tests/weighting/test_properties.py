@@ -13,7 +13,8 @@ from torch import Tensor
 
 from grap_solo import GraP, Statistics, build_weighting
 from grap_solo.weighting import CAUSES, WEIGHTINGS
-from grap_solo.weighting.grap import NORMALIZATIONS, WEIGHT_OPTIMIZERS, objective
+from grap_solo.weighting.grap import objective
+from grap_solo.weighting.grap_keys import NORMALIZATIONS, WEIGHT_OPTIMIZERS
 
 RULES = sorted(WEIGHTINGS)
 GRADIENT_RULES = sorted(name for name in RULES if WEIGHTINGS[name].uses_gradients)

@@ -15,7 +15,8 @@ from grap_solo import (
     balance,
     build_weighting,
 )
-from grap_solo.weighting.grap import NORMALIZATIONS, objective, objective_gradient
+from grap_solo.weighting.grap import objective, objective_gradient
+from grap_solo.weighting.grap_keys import NORMALIZATIONS
 
 
 def statistics(count: int, seed: int, dimension: int = 50) -> tuple[Statistics, torch.Tensor]:

@@ -1,0 +1,148 @@
+"""GraP's configuration keys, and the recipes that set several of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grap_solo.errors import ConfigError
+from grap_solo.keys import Key
+from grap_solo.weighting.base import treatment_keys
+
+NORMALIZATIONS = ("gradient", "sum", "none")
+PARAMETRIZATIONS = ("clip", "abs")
+WEIGHT_OPTIMIZERS = ("adam", "sgd")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {
+        "lr": 0.1,
+        "optimizer": "adam",
+        "normalization": "gradient",
+        "parametrization": "abs",
+        "norm_ema": 0.99,
+        "average_first": 10,
+        "ema": 0.0,
+        "regularization": 0.0,
+        "warmup_epochs": 0,
+        "scale": "reference",
+        "heads": "reference",
+        "shared_heads": "sum",
+    },
+}
+"""The keys that each recipe sets. ``average_first`` is their optimiser's default ``warmup``."""
+
+GRAP_KEYS = {
+    "recipe": Key(
+        str,
+        choices=tuple(RECIPES),
+        optional=True,
+        doc="Sets several keys at once; a key that is given too wins. `paper` is the authors' "
+        "setting on CIFAR-10 (scripts/pretrain/cifar/hpo-all4one.yaml of their solo-learn fork, "
+        "with their optimiser's defaults): "
+        + ", ".join(f"`{key}: {value}`" for key, value in RECIPES["paper"].items())
+        + ". They also join two of All4One's terms: `method_kwargs.join_feature_loss`.",
+    ),
+    "lr": Key(
+        float,
+        above=0,
+        default=0.1,
+        doc="How far one step moves the terms' weights. It is not scaled with the batch size "
+        "and has no schedule.",
+    ),
+    "lr_per_run": Key(
+        float,
+        above=0,
+        optional=True,
+        doc="How far the weights can move in a whole run, in units of the weights, which start "
+        "at 1. `lr` is this number divided by the run's number of batches on each device, those "
+        "of `warmup_epochs` included: the weights move the same way in a short run and a long "
+        "one. Give it instead of `lr`. In a loop of your own, call "
+        "`weighting.set_total_steps(N)`.",
+    ),
+    "optimizer": Key(
+        str,
+        choices=WEIGHT_OPTIMIZERS,
+        default="adam",
+        doc="The optimiser of the weights. Adam has betas 0.9 and 0.999 and eps 1e-8, as torch's.",
+    ),
+    "normalization": Key(
+        str,
+        choices=NORMALIZATIONS,
+        default="gradient",
+        doc="What the objective p^T w is divided by: `gradient`, the composite gradient's norm "
+        "sqrt(w^T C w); `sum`, the sum of the weights; `none`, 1 (arXiv 2605.07756, Table 5).",
+    ),
+    "parametrization": Key(
+        str,
+        choices=PARAMETRIZATIONS,
+        default="clip",
+        doc="How the weights stay at 0 or above: `clip`, each step ends with max(w, 0) (arXiv "
+        "2605.07756, Alg. 1); `abs`, w = |v|, where v is learned and |v| has the gradient 1 at 0 "
+        "(`weights_parametrization` of the authors' optimiser).",
+    ),
+    "ema": Key(
+        float,
+        least=0,
+        below=1,
+        default=0.0,
+        doc="The share of the past in the moving averages of Gramian and products that the "
+        "weights learn from (arXiv 2605.07756, Appendix A), bias-corrected as in Adam. 0 "
+        "learns from each step's own.",
+    ),
+    "average_first": Key(
+        int,
+        least=0,
+        default=0,
+        doc="Steps over which Gramian and products are averaged evenly, before `ema` goes on from "
+        "their mean without a bias correction (`warmup` of the authors' optimiser, which has 10). "
+        "0 starts with `ema`.",
+    ),
+    "norm_ema": Key(
+        float,
+        least=0,
+        below=1,
+        optional=True,
+        doc="The share of the past in a moving average of each term's gradient norm. The Gramian "
+        "and the products are then averaged as cosines, and get these norms in place of the "
+        "step's own; `scale: reference` also goes by them (`stats` of `ema` in the authors' "
+        "optimiser, which has 0.9). Left out, norms are not averaged apart.",
+    ),
+    "regularization": Key(
+        float,
+        least=0,
+        default=0.0,
+        doc="Subtracts this times (|u| - 1)^2 from the objective, where u_k is a weight times the "
+        "norm of its term's gradient: the cosine alone does not depend on the size of the "
+        "weights, so nothing else holds it (`regularization` of the authors' optimiser).",
+    ),
+    "warmup_epochs": Key(
+        int,
+        least=0,
+        default=0,
+        doc="Epochs for which the weights stay at their start. During them grap-solo "
+        "keeps the rule in eval mode; in a loop of your own, call `weighting.eval()`.",
+    ),
+    **treatment_keys(scale="reference", heads="unweighted"),
+}
+
+
+def apply_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given keys, and those of their recipe that are not given themselves.
+
+    Args:
+        given: values by name. None stands for a value that is left out.
+
+    Raises:
+        ConfigError: both learning rates are given.
+    """
+    own = {name: value for name, value in given.items() if value is not None}
+    if "lr" in own and "lr_per_run" in own:
+        raise ConfigError(
+            "weighting.lr_per_run: weighting.lr is given too, and only one of the two can hold: "
+            "leave one of them out, as weighting.lr=null does on the command line"
+        )
+    name = own.get("recipe")
+    recipe = dict(RECIPES.get(name, {}) if isinstance(name, str) else {})
+    if "lr_per_run" in own:
+        recipe.pop("lr", None)
+    return recipe | own
