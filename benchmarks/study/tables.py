@@ -39,7 +39,7 @@ def write_table(runs: pd.DataFrame) -> str:
     weights = [name for name in runs if name.startswith("weight/") and runs[name].notna().any()]
     terms = [name.removeprefix("weight/") for name in weights]
     lines = [["variant", "seeds", *MEASURES.values(), *terms]]
-    runs = runs.assign(confirms=runs["seed"] > 10)
+    runs = runs.assign(confirms=runs["seed"] > 10).sort_values("confirms", kind="stable")
     for (_, variant), mine in runs.groupby(["confirms", "variant"], sort=False):
         seeds = ", ".join(str(seed) for seed in sorted(mine["seed"]))
         cells = []
