@@ -5,7 +5,7 @@ A method's own file holds only its terms: see "What a method gives" in :class:`C
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -56,7 +56,7 @@ CONFIG_KEYS: dict[str, dict[str, Key]] = {
 """The keys that a composite method reads besides solo-learn's, by block."""
 
 
-class CompositeMethod(GuardedMethod, ABC):
+class CompositeMethod(GuardedMethod):
     """A self-supervised method of two views whose loss is a weighted sum of terms.
 
     The weights come from a ``weighting:`` block. The downstream head is the online probe, which

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Taken:
     diagnostics: dict[str, Tensor]
 
 
-class GuardedMethod(RecordedMethod):
+class GuardedMethod(RecordedMethod, ABC):
     """A method that judges each step after its backward pass, and undoes it if it is not finite.
 
     Attributes:
@@ -62,9 +63,9 @@ class GuardedMethod(RecordedMethod):
     _norms: list[nn.Module] | None = None
     _before: Remembered
 
+    @abstractmethod
     def finish_step(self, taken: Taken) -> None:
-        """Does what a usable step has to do after its backward pass. A derived class defines it."""
-        raise NotImplementedError
+        """Updates the method's state, and logs the step. Called for usable steps."""
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()

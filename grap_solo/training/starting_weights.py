@@ -55,7 +55,7 @@ def load_backbone(model: CompositeMethod, path: Path) -> str:
         path: the file.
 
     Returns:
-        One line: from which entry and prefix the weights are, and what was left out.
+        One line that names the entry and prefix of the weights, and the keys left out.
 
     Raises:
         ConfigError: no such file, its keys or shapes are not the backbone's, or a number is not
