@@ -43,8 +43,8 @@ RULES = {
 
 
 def test_every_rule_that_learns_or_draws_is_compared_in_two_processes():
-    """The others are functions of one step's Gramian, as pcgrad and mgda are, or constants."""
-    constant = {"fixed", "equal", "supervised"}
+    """The others are functions of one step's Gramian, as pcgrad and mgda are, or of its number."""
+    constant = {"fixed", "equal", "supervised", "scheduled"}
     gramian = {name for name, rule in WEIGHTINGS.items() if rule.uses_gradients}
     gramian -= {"grap", "gradnorm"}
     tried = {each["name"] for each in RULES.values()}

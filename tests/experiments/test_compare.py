@@ -81,13 +81,14 @@ def test_what_a_comparison_leaves(whole):
     assert text.splitlines()[0] in output and "Holm-corrected" in text
     for name in ("report.html", "weights.png", "accuracy_cost.png", "cost.json"):
         assert (directory / name).stat().st_size > 0
-    # A tuned run trains with the median of the run of the same seed.
+    # A tuned run trains with the median of the run of the same seed, and its heads.
     for seed in (1, 2):
         parent = yaml.safe_load(
             (directory / f"grap-seed{seed}" / "median_weights.yaml").read_text()
         )
         child = yaml.safe_load((directory / f"grap_tuned-seed{seed}" / "config.yaml").read_text())
-        assert child["weighting"] == parent["weighting"] and child["seed"] == seed
+        assert child["weighting"] == {**parent["weighting"], "heads": "unweighted"}
+        assert child["seed"] == seed
 
 
 @pytest.mark.slow

@@ -284,7 +284,8 @@ def test_retrain_from_several_runs_writes_out_what_it_trains(seeds, tmp_path, mo
                  "max_epochs=1"]) == 0  # fmt: skip
     written = yaml.safe_load((tmp_path / "grap-seed1_tuned" / "config.yaml").read_text())
     expected = pooled_weights([run.directory / "weights.csv" for run in seeds], [0, 0], (1, 1))
-    assert written["weighting"] == {"name": "fixed", "weights": expected}
+    block = {"name": "fixed", "weights": expected, "heads": "unweighted"}
+    assert written["weighting"] == block
     assert written["tuned_from"] == {"runs": folders, "epochs": [1, 1], "last": None}
     again = pretrain(compose(tmp_path / "grap-seed1_tuned" / "config.yaml", ["name=again"]))
     assert list(again.model.weighting.weights) == pytest.approx(list(expected.values()))

@@ -70,10 +70,10 @@ def test_the_demo_for_two_epochs(tmp_path, capfd):
         assert str(directory / name) in printed.out
     # The bar shows epoch, weights and the probe.
     assert re.search(r"Epoch 1.*nnclr=\d.*attn_nnclr=\d.*byol=\d.*barlow=\d.*probe=\d", printed.out)
-    # The tuned run trained with the median, from scratch, beside its parent.
+    # The tuned run trained with the median and its parent's heads, from scratch, beside it.
     tuned = yaml.safe_load((directory / "grap_tuned" / "config.yaml").read_text())
     found = yaml.safe_load((directory / "grap" / "median_weights.yaml").read_text())
-    assert tuned["weighting"] == found["weighting"]
+    assert tuned["weighting"] == {**found["weighting"], "heads": "unweighted"}
 
 
 def test_a_demo_that_is_there_is_moved_aside(tmp_path, monkeypatch):
