@@ -228,8 +228,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "map",
         "train with every pair of weights of two terms and draw the accuracies as a map, with the "
         "way of the learned weights; started again, it resumes",
-        "grap-solo map --config-path configs/digits --config-name grap_vicreg "
-        "--terms variance covariance --values 0.04 0.2 1 5 25 100 --seeds 1 2",
+        "grap-solo map --config-path configs/digits --config-name NAME --terms X Y "
+        "--values 0.04 0.2 1 5 25 100 --seeds 1 2",
         "changes a key of the configuration of all runs",
         usage="--config-path DIR --config-name NAME --terms X Y --values WEIGHT ... "
         "[--seeds N ...]\n           [--processes N] [key=value ...]",

@@ -21,7 +21,7 @@ REFUSED = {
     "no such command": (["pretrian"], "unknown command 'pretrian': did you mean 'pretrain'"),
     "no such flag": (["--quick"], "unknown flag '--quick'"),
     "no arguments": (["demo", "now"], "demo: unrecognized arguments: now"),
-    "pretrain's flag": (["pretrain", *CONFIG, "--quick"], "pretrain: unrecognized arguments: --q"),
+    "pretrain's flag": (["pretrain", *CONFIG, "--quick"], "pretrain: unknown flag '--quick'"),
     "pretrain's folder": (
         ["pretrain", "--config-path=nowhere", "--config-name=grap", "max_epochs=1"],
         "--config-path: no such folder 'nowhere'",
@@ -41,7 +41,7 @@ REFUSED = {
     "compare's file": (
         ["compare", "--config-path", str(DIGITS), "--config-name", "grab"], "no such file",
     ),
-    "compare's flag": (["compare", *CONFIG, "--seeds", "1"], "unrecognized arguments: --seeds"),
+    "compare's flag": (["compare", *CONFIG, "--seeds", "1"], "unknown flag '--seeds'"),
     "search's folder": (["search", "--trials", "2", *CONFIG], "arguments are required: DIRECTORY"),
     "search's sampler": (
         ["search", "runs", *CONFIG, "--sampler", "grid"], "--sampler: invalid choice: 'grid'",

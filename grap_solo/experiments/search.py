@@ -229,7 +229,7 @@ def _check_settings(old: dict[str, Any], new: dict[str, Any], directory: Path) -
         ConfigError: a setting, a key that changes what is trained, or the images differ.
     """
     flags = ("sampler", "pruner", "seed")
-    own = [Difference(f"--{key}", old.get(key), new[key]) for key in flags]
+    own = [Difference(f"--{key}", old.get(key), new.get(key)) for key in flags]
     found = [each for each in own if each.old != each.new]
     both = [{"name": STUDY_FILE, **each.get("configuration", {})} for each in (old, new)]
     found += find_differences(*both)

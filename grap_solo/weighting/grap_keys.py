@@ -39,10 +39,10 @@ GRAP_KEYS = {
         choices=tuple(RECIPES),
         optional=True,
         doc="Sets several keys at once; a key that is given too wins. `paper` is the authors' "
-        "setting on CIFAR-10 (scripts/pretrain/cifar/hpo-all4one.yaml of their solo-learn fork, "
+        "setting on CIFAR-10 (scripts/pretrain/cifar/hpo-*.yaml of their solo-learn fork, "
         "with their optimiser's defaults): "
         + ", ".join(f"`{key}: {value}`" for key, value in RECIPES["paper"].items())
-        + ". They also join two of All4One's terms: `method_kwargs.join_feature_loss`.",
+        + ". They also join two terms of their method: `method_kwargs.join_feature_loss`.",
     ),
     "lr": Key(
         float,

@@ -14,12 +14,13 @@ from grap_solo.data.workers import build_loader
 
 # The loader is still referred to at the end, as by a traceback; its workers ignore SIGTERM.
 SCRIPT = """
-import sys, time, torch
+import signal, sys, time, torch
 from grap_solo.compose import CONFIGS, compose
 from grap_solo.data import evaluation_loader, load_images, pretrain_loader
 
 if __name__ == "__main__":
     start_method, kind, end = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored in a background job.
     torch.multiprocessing.set_start_method(start_method)
     changes = ["data.num_workers=1", f"++data.batched={kind == 'batched'}", "++data.fraction=0.1",
                "++data.format=image_folder", "++data.no_labels=false", "++seed=1"]

@@ -406,7 +406,7 @@ def test_a_study_lies_in_its_folder_whatever_its_name(name, tmp_path, monkeypatc
         assert sorted(path.name for path in tmp_path.iterdir()) == [name]
         assert [path.name for path in folder.iterdir()] == ["study.db"]
     study.tell(study.ask(), 1.0)
-    with pytest.raises(ConfigError, match="holds a search with seed 1, not 2"):
+    with pytest.raises(ConfigError, match="holds a search with --seed 1, not 2"):
         _open_study(Path(name), PRUNERS["none"](), {"seed": 2})
 
 

@@ -264,7 +264,10 @@ def test_a_method_of_ones_own_may_have_a_momentum_network_and_shared_heads():
 def test_weights_recorded_before_the_first_usable_step_are_on_the_models_device():
     """A model is built on the CPU and moved; its first step may be skipped, as in float16."""
     model = build("vicreg").to("meta")
-    model.trainer = SimpleNamespace(global_step=0)
+    model.trainer = SimpleNamespace(
+        global_step=0, max_epochs=2, num_training_batches=3, accumulate_grad_batches=1,
+        estimated_stepping_batches=6,
+    )  # fmt: skip
     model.on_train_start()
     assert model.effective_weights.device.type == "meta"
 
@@ -403,8 +406,8 @@ class Mine(CompositeMethod):
 
 
 def test_a_key_of_another_kind_is_refused():
-    with pytest.raises(ConfigError, match="int, float, str or bool, not <class 'list'>"):
-        Key(list)
+    with pytest.raises(ConfigError, match="int, float, str or bool, not <class 'set'>"):
+        Key(set)
 
 
 def test_reference_weights_that_do_not_do_are_refused(tmp_path):

@@ -40,7 +40,8 @@ def test_every_weighting_trains_and_leaves_the_same_files(name, tmp_path):
     assert run.accuracy is not None and 0 < run.accuracy <= 100
     start = GrapAll4One(run.cfg).backbone.state_dict()
     assert not torch.equal(start["conv1.0.weight"], run.model.backbone.conv1[0].weight)
-    constant = name in ("fixed", "equal", "auxiliary", "supervised", "dwa")  # dwa: for 2 epochs.
+    # dwa for 2 epochs, scheduled without a course.
+    constant = name in ("fixed", "equal", "auxiliary", "supervised", "dwa", "scheduled")
     assert (np.ptp(weights, axis=0) == 0).all() == constant
 
 
