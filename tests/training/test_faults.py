@@ -196,10 +196,10 @@ def train_on_a_full_disk(arguments):
 
     save = EpochCheckpoint._save
 
-    def limited(self, trainer, epoch):
+    def limited(self, trainer, module, epoch):
         if epoch == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        save(self, trainer, epoch)
+        save(self, trainer, module, epoch)
 
     EpochCheckpoint._save = limited
     return main(arguments)

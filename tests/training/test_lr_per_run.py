@@ -5,6 +5,7 @@ from helpers import Killed, killed_at, quiet_digits
 from lightning.pytorch import Callback
 
 from grap_solo import ConfigError
+from grap_solo.errors import RunStopped
 from grap_solo.training.run import pretrain
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -32,12 +33,11 @@ def test_it_is_divided_by_the_runs_batches_however_the_run_is_cut(tmp_path):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "batches"), [(["+max_steps=2"], 2), (["+max_steps=5", "max_epochs=1"], 3)]
-)
-def test_the_end_that_comes_first_counts(overrides, batches, tmp_path):
-    run = pretrain(configuration(tmp_path, *overrides))
-    assert run.model.weighting.lr == 1.2 / batches and run.model.weighting.updates == batches
+def test_a_start_that_ends_early_has_the_rate_of_the_whole_run(tmp_path):
+    with pytest.raises(RunStopped, match="max_steps: run stopped after step 2"):
+        pretrain(configuration(tmp_path, "+max_steps=2"))
+    run = pretrain(configuration(tmp_path))
+    assert run.model.weighting.lr == 1.2 / 6 and run.model.weighting.updates == 6
 
 
 def test_both_learning_rates_are_refused_before_the_run_starts(tmp_path):
