@@ -147,7 +147,7 @@ def test_arguments_of_the_optimizer_that_do_not_fit_are_refused(name):
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x"])
 def test_a_name_that_is_no_files_name_is_refused(name):
-    assert outcome(changed("name", name)).startswith(f"name: '{name}' becomes a file's name")
+    assert outcome(changed("name", name)).startswith(f"name: '{name}': it is a path")
 
 
 @pytest.mark.parametrize("method", METHODS)
