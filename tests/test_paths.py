@@ -50,7 +50,7 @@ def run(home):
 
 
 def refused(arguments, capfd):
-    """What a command prints when it refuses its input in one line."""
+    """Runs a command that refuses its input, and returns the one line that it prints."""
     capfd.readouterr()
     assert main(list(map(str, arguments))) == 2
     error = capfd.readouterr().err

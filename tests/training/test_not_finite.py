@@ -1,4 +1,4 @@
-"""What is not finite never takes the place of what is: in a step, in a checkpoint, at a start."""
+"""Numbers that are not finite reach no parameter, no checkpoint and no start of a run."""
 
 import copy
 

@@ -145,7 +145,7 @@ def test_arguments_of_the_optimizer_that_do_not_fit_are_refused(name):
         assert null == outcome(OmegaConf.create(source))
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "/tmp/x"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "/a"])
 def test_a_name_that_is_no_files_name_is_refused(name):
     assert outcome(changed("name", name)).startswith(f"name: '{name}': it is a path")
 
