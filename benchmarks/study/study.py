@@ -48,6 +48,16 @@ VARIANTS = {
     "rate1": per_run(1.0),
     "rate2": per_run(2.0),
     "rate6": per_run(6.0),
+    # Weights as factors, and a start from equal norms of the gradients. `balanced0` is a control:
+    # weights that stay where they start.
+    "exp1": per_run(1.0, parametrization="exp"),
+    "exp2": per_run(2.0, parametrization="exp"),
+    "exp4": per_run(4.0, parametrization="exp"),
+    "balanced0": per_run(1e-6, start="balanced"),
+    "balanced_rate1": per_run(1.0, start="balanced"),
+    "balanced_exp1": per_run(1.0, parametrization="exp", start="balanced"),
+    "balanced_exp2": per_run(2.0, parametrization="exp", start="balanced"),
+    "balanced_exp4": per_run(4.0, parametrization="exp", start="balanced"),
     # How the heads are trained.
     "rate1_unweighted": per_run(1.0, heads="unweighted"),
     "rate1_reference": per_run(1.0, heads="reference"),
@@ -68,6 +78,10 @@ STAGES: dict[str, tuple[list[str], list[int]]] = {
     "core": (
         ["fixed", "equal", "alg1", "recipe", "rate0", "rate0.3", "rate1", "rate2", "rate6"],
         [1, 2, 3],
+    ),
+    "start": (
+        ["exp2", "balanced0", "balanced_rate1", "balanced_exp1", "balanced_exp2", "balanced_exp4"],
+        [1, 2],
     ),
     "screen": (["fixed", "equal", *VARIANTS], [1, 2, 3]),
     "baselines": (["fixed", *BASELINES], [1, 2, 3]),

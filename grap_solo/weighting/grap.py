@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,26 @@ from grap_solo.weighting.grap_keys import GRAP_KEYS, apply_recipe
 from grap_solo.weighting.smoothing import average_on, to_cosines, with_norms
 
 State = list[tuple[Tensor, Tensor]]
+
+BALANCED_STEPS = 20
+"""Steps over which ``start: balanced`` averages the norms of the terms' gradients."""
+LEAST_NORM = 1000.0
+"""``start: balanced`` takes every norm for at least the largest one divided by this."""
+WIDEST = 20.0
+"""``parametrization: exp`` keeps the learned numbers between minus this and this: factors of up to
+exp(40) between two weights."""
+
+
+class Start(NamedTuple):
+    """Where ``start: balanced`` lets the weights start.
+
+    Attributes:
+        weights: the learned weights are factors of these, shape (K,). Their geometric mean is 1.
+        norms: of the terms' gradients, averaged over the steps so far, shape (K,).
+    """
+
+    weights: Tensor
+    norms: Tensor
 
 
 def objective(weights: Tensor, gramian: Tensor, products: Tensor, normalization: str) -> Tensor:
@@ -101,6 +121,7 @@ class GraP(Weighting):
     updates: Tensor
     average: Tensor
     norms: Tensor
+    start_norms: Tensor
 
     def __init__(
         self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
@@ -110,7 +131,8 @@ class GraP(Weighting):
         self.follows_schedule = self.options["lr_schedule"] == "optimizer"
         self.optimizer: str = self.options["optimizer"]
         self.normalization: str = self.options["normalization"]
-        self.absolute: bool = self.options["parametrization"] == "abs"
+        self.parametrization: str = self.options["parametrization"]
+        self.balanced: bool = self.options["start"] == "balanced"
         self.ema: float = self.options["ema"]
         self.average_first: int = self.options["average_first"]
         self.norm_ema: float | None = self.options["norm_ema"]
@@ -118,7 +140,8 @@ class GraP(Weighting):
         self.warmup_epochs = self.options["warmup_epochs"]
         # Buffers hold the optimiser's state: they are saved with the model, and a step that must
         # not be learned from is masked out on the device, without a synchronisation.
-        self.register_buffer("weights", torch.ones(len(self.terms)))
+        first = 0.0 if self.parametrization == "exp" else 1.0
+        self.register_buffer("weights", torch.full((len(self.terms),), first))
         self.register_buffer("exp_avg", torch.zeros(len(self.terms)))
         self.register_buffer("exp_avg_sq", torch.zeros(len(self.terms)))
         self.register_buffer("updates", torch.zeros(()))
@@ -127,6 +150,8 @@ class GraP(Weighting):
             self.register_buffer("average", torch.zeros(count * count + count))
         if self.norm_ema is not None:
             self.register_buffer("norms", torch.zeros(len(self.terms)))
+        if self.balanced:
+            self.register_buffer("start_norms", torch.ones(len(self.terms)))
 
     @classmethod
     def read_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,11 +173,48 @@ class GraP(Weighting):
     def direction(self, statistics: Statistics) -> Tensor:
         assert statistics.gramian is not None
         raw = self.weights.to(statistics.gramian.dtype, copy=True)
+        weights = self._to_weights(raw)
+        start = self._start(statistics) if self.balanced else None
         if self.training:
-            self._update(raw, statistics)
+            self._update(raw, start, statistics)
         else:
             self.cause = torch.full_like(raw[0], CAUSES.index("held"), dtype=torch.long)
-        return raw.abs() if self.absolute else raw
+        return weights if start is None else weights * start.weights
+
+    def _to_weights(self, raw: Tensor) -> Tensor:
+        """The weights, shape (K,), that the learned numbers stand for."""
+        if self.parametrization == "exp":
+            return raw.exp()
+        return raw.abs() if self.parametrization == "abs" else raw
+
+    def _to_raw_gradient(self, gradient: Tensor, raw: Tensor) -> Tensor:
+        """The gradient by the learned numbers, from that by the weights, both (K,)."""
+        if self.parametrization == "exp":
+            return gradient * raw.exp()
+        if self.parametrization == "abs":
+            return torch.where(raw >= 0, gradient, -gradient)
+        return gradient
+
+    def _keep_in_range(self, raw: Tensor) -> Tensor:
+        """The learned numbers after a step, brought back to where they are allowed, shape (K,)."""
+        if self.parametrization == "exp":  # The objective depends on the weights' ratios alone.
+            raw = raw - (raw.max() - WIDEST).clamp(min=0)
+            return raw.clamp(min=-WIDEST)
+        return raw if self.parametrization == "abs" else raw.clamp(min=0)
+
+    def _start(self, statistics: Statistics) -> Start:
+        """The start that ``start: balanced`` gives the weights, as far as it is known.
+
+        The first steps' own norms count at once, so that nothing depends on the losses' units."""
+        assert statistics.gramian is not None
+        norms = self.start_norms.to(statistics.gramian)
+        if self.training:
+            own = statistics.gramian.diagonal().sqrt()
+            mean = average_on(norms, own, self.updates, 1.0, first=BALANCED_STEPS)
+            norms = torch.where(mean.isfinite().all() & mean.any(), mean, norms)
+        logs = norms.clamp(min=torch.finfo(norms.dtype).tiny).log()
+        logs = logs.clamp(min=logs.max() - math.log(LEAST_NORM))
+        return Start((logs.mean() - logs).exp(), norms)
 
     def scale_gramian(self, statistics: Statistics) -> Tensor:
         assert statistics.gramian is not None
@@ -188,12 +250,12 @@ class GraP(Weighting):
         return gramian, products, state
 
     @torch.no_grad()
-    def _update(self, raw: Tensor, statistics: Statistics) -> None:
+    def _update(self, raw: Tensor, start: Start | None, statistics: Statistics) -> None:
         """Takes one ascent step on the objective. The class says which steps are left out.
 
         Args:
-            raw: the learned numbers, shape (K,): the weights, or with ``parametrization: abs``
-                numbers whose absolute values are the weights.
+            raw: the learned numbers, shape (K,): see ``parametrization``.
+            start: what the weights are factors of; None if they are factors of 1.
             statistics: the step's.
         """
         if self.lr is None:
@@ -203,15 +265,18 @@ class GraP(Weighting):
             )
         norm = statistics.downstream_norm
         assert statistics.gramian is not None and norm is not None
-        weights = raw.abs() if self.absolute else raw
-        composite = weights @ statistics.gramian @ weights
+        weights = self._to_weights(raw)
+        effective = weights if start is None else weights * start.weights
+        composite = effective @ statistics.gramian @ effective
         updates = self.updates + 1
         gramian, products, new_state = self._smooth(statistics)
+        if start is not None:  # From here on, a term is the loss times its weight at the start.
+            gramian, products = with_norms(gramian, products, start.weights)
+            new_state.append((self.start_norms, start.norms))
         gradient = objective_gradient(weights, gramian, products, self.normalization)
         if self.regularization:
             gradient = gradient - self.regularization * pull_gradient(weights, gramian)
-        if self.absolute:
-            gradient = torch.where(raw >= 0, gradient, -gradient)
+        gradient = self._to_raw_gradient(gradient, raw)
         step = gradient
         if self.optimizer == "adam":
             exp_avg = self.exp_avg.lerp(gradient.to(self.exp_avg.dtype), 0.1)
@@ -220,8 +285,7 @@ class GraP(Weighting):
             mean = exp_avg / (1 - 0.9**updates)
             deviation = (exp_avg_sq / (1 - 0.999**updates)).sqrt()
             step = mean / (deviation + 1e-8)
-        moved = raw + self.lr * self.lr_factor * step
-        moved = moved if self.absolute else moved.clamp(min=0)
+        moved = self._keep_in_range(raw + self.lr * self.lr_factor * step)
         new_state += [(self.weights, moved), (self.updates, updates)]
 
         # Finds the first cause that applies, in the order of CAUSES, without a synchronisation.
@@ -231,7 +295,7 @@ class GraP(Weighting):
                 norm == 0,
                 ~(gradient.isfinite().all() & composite.isfinite() & norm.isfinite()),
                 composite <= 0,
-                ~moved.any(),
+                ~self._to_weights(moved).any(),
             ]
         )
         first = CAUSES.index("unlabelled") + causes.to(torch.int8).argmax()

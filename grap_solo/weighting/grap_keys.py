@@ -11,7 +11,8 @@ from grap_solo.weighting.base import treatment_keys
 
 NORMALIZATIONS = ("gradient", "sum", "none")
 LR_SCHEDULES = ("constant", "optimizer")
-PARAMETRIZATIONS = ("clip", "abs")
+PARAMETRIZATIONS = ("clip", "abs", "exp")
+STARTS = ("equal", "balanced")
 WEIGHT_OPTIMIZERS = ("adam", "sgd")
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -88,7 +89,18 @@ GRAP_KEYS = {
         default="clip",
         doc="How the weights stay at 0 or above: `clip`, each step ends with max(w, 0) (arXiv "
         "2605.07756, Alg. 1); `abs`, w = abs(v), where v is learned and the "
-        "gradient of abs at 0 is 1 (`weights_parametrization` of the authors' optimiser).",
+        "gradient of abs at 0 is 1 (`weights_parametrization` of the authors' optimiser); `exp`, "
+        "w = exp(v): a step multiplies a weight, so that terms whose good weights are orders of "
+        "magnitude apart need no more steps, and no weight reaches 0.",
+    ),
+    "start": Key(
+        str,
+        choices=STARTS,
+        default="equal",
+        doc="The weights that the run starts from: `equal`, 1 for each term; `balanced`, weights "
+        "that give every term's gradient the same norm, on the average of the first 20 steps that "
+        "are learned from. The weights that are learned are factors of these, so that multiplying "
+        "a loss by a constant changes nothing.",
     ),
     "ema": Key(
         float,

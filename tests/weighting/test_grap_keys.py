@@ -61,6 +61,104 @@ def test_abs_is_torchs_optimiser_on_the_absolute_values(optimizer):
     assert weighting.eval()(stats).min() >= 0
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_exp_is_torchs_optimiser_on_the_logarithms(optimizer):
+    weighting = grap(parametrization="exp", optimizer=optimizer, lr=0.3)
+    learned = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    make = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
+    reference = make([learned], lr=0.3, maximize=True)
+    for step in range(30):
+        stats = statistics(step)
+        weights = learned.exp()
+        effective = weighting(stats)
+        torch.testing.assert_close(effective / effective.sum(), weights.detach() / weights.sum())
+        reference.zero_grad()
+        products = stats.products / stats.downstream_norm
+        objective(weights, stats.gramian, products, "gradient").backward()
+        reference.step()
+        torch.testing.assert_close(weighting.weights, learned.detach())
+
+
+def test_exp_keeps_the_weights_ratios_within_what_a_float_holds():
+    weighting = grap(parametrization="exp", optimizer="adam", lr=9.0)
+    stats = statistics(0)
+    for _ in range(200):
+        effective = weighting(stats)
+        assert effective.isfinite().all() and weighting.weights.abs().max() <= 20
+        assert weighting.cause == 0
+    assert weighting.weights.max() - weighting.weights.min() > 20
+    for numbers, kept in (([70, 60, 0], [20, 10, -20]), ([-30, 1, 2], [-20, 1, 2])):
+        moved = weighting._keep_in_range(torch.tensor(numbers, dtype=torch.float64))
+        assert moved.tolist() == kept
+
+
+# ---- where the weights start ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parametrization", ["clip", "abs", "exp"])
+def test_a_balanced_start_does_not_depend_on_the_losses_units(parametrization):
+    """Multiplying a loss by a constant divides its weights by it, and changes nothing else."""
+    keys = {"parametrization": parametrization, "start": "balanced", "scale": "unit"}
+    one, other = grap(**keys), grap(**keys)
+    factors = torch.tensor([100.0, 1.0, 1e-3], dtype=torch.float64)
+    for step in range(60):
+        stats = statistics(step)
+        scaled = Statistics(
+            stats.losses * factors,
+            stats.gramian * torch.outer(factors, factors),
+            stats.products * factors,
+            stats.downstream_norm,
+        )
+        weights, of_scaled = one(stats), other(scaled)
+        torch.testing.assert_close(of_scaled * factors, weights)
+        assert one.cause == other.cause == 0
+    assert one.weights.std() > 0.1
+
+
+def test_a_balanced_start_gives_the_gradients_the_same_norm_on_the_average_of_20_steps():
+    weighting = grap(start="balanced", lr=1e-12, heads="weighted")
+    norms = []
+    for step in range(30):
+        stats = statistics(step)
+        norms.append(stats.gramian.diagonal().sqrt())
+        sizes = weighting(stats) * torch.stack(norms[:20]).mean(0)
+        torch.testing.assert_close(sizes, sizes.mean().expand(3))
+    resumed = grap(start="balanced", lr=1e-12, heads="weighted")
+    resumed.load_state_dict(weighting.state_dict())
+    assert torch.equal(resumed(statistics(40)), weighting(statistics(40)))
+    before = weighting.start_norms.clone()
+    assert weighting.eval()(statistics(41)).isfinite().all()
+    assert torch.equal(weighting.start_norms, before)
+
+
+def test_a_balanced_start_is_equal_until_a_step_was_learned_from():
+    held = grap(start="balanced").eval()
+    assert torch.equal(held(statistics(0)), grap().eval()(statistics(0)))
+    weighting, broken = grap(start="balanced"), statistics(0)
+    broken.gramian[0, 0] = math.inf
+    evidence = grap(start="balanced")
+    assert evidence(statistics(1), broken).isfinite().all()  # Of another, a held-out batch.
+    weighting(broken)
+    assert torch.equal(weighting.start_norms, torch.ones(3).double()) and weighting.updates == 0
+
+
+def test_a_balanced_start_survives_a_term_without_a_gradient():
+    stats = statistics(0)
+    keep = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    gone = Statistics(
+        stats.losses,
+        stats.gramian * torch.outer(keep, keep),
+        stats.products * keep,
+        stats.downstream_norm,
+    )
+    weighting = grap(start="balanced")
+    for _ in range(3):
+        effective = weighting(gone)
+        assert effective.isfinite().all() and weighting.cause == 0
+    weights = dict(zip(TERMS, weighting._start(gone).weights.tolist(), strict=True))
+    assert weights["b"] == pytest.approx(1000 * weights["c"])  # The one of the largest norm.
+
+
 # ---- averages -------------------------------------------------------------------------------
 
 
@@ -197,7 +295,8 @@ def test_a_recipe_is_the_keys_that_it_sets_and_a_given_key_wins():
         for step in range(15):
             assert torch.equal(written_out(statistics(step)), by_name(statistics(step)))
     changed = GraP(TERMS, recipe="paper", heads="unweighted", norm_ema=0.5)
-    assert changed.heads == "unweighted" and changed.norm_ema == 0.5 and changed.absolute
+    assert changed.heads == "unweighted" and changed.norm_ema == 0.5
+    assert changed.parametrization == "abs"
     assert GraP(TERMS, recipe="paper", heads=None).heads == "reference"  # null is left out
     per_run = GraP(TERMS, recipe="paper", lr_per_run=2.0)  # Instead of all about the recipe's.
     assert per_run.lr is None and not per_run.follows_schedule
