@@ -72,7 +72,7 @@ VARIANTS = {
     "rate1_fast_probe": per_run(1.0) | {"optimizer": {"classifier_lr": 0.1}},
 }
 
-CORE = ["fixed", "equal", "alg1", "rate1"]
+CONFIRMED = ["fixed", "equal", "alg1", "balanced_exp2"]
 BASELINES = ["random", "gradnorm", "dwa", "uncertainty", "mgda", "upgrad"]
 STAGES: dict[str, tuple[list[str], list[int]]] = {
     "core": (
@@ -85,7 +85,7 @@ STAGES: dict[str, tuple[list[str], list[int]]] = {
     ),
     "screen": (["fixed", "equal", *VARIANTS], [1, 2, 3]),
     "baselines": (["fixed", *BASELINES], [1, 2, 3]),
-    "confirm": (CORE, [11, 12, 13, 14]),
+    "confirm": (CONFIRMED, [11, 12, 13, 14]),
 }
 
 
@@ -95,12 +95,13 @@ def main() -> None:
     parser.add_argument("data", choices=sorted({data for data, _ in FILES}))
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--add", nargs="+", default=[], help="further variants of this stage")
+    parser.add_argument("--methods", nargs="+", help="in place of those of the stage")
+    parser.add_argument("--seeds", nargs="+", type=int, help="in place of those of the stage")
     given, overrides = parser.parse_known_args()
     methods, seeds = STAGES[given.stage]
     name = f"name={given.method}-{given.data}-{given.stage}"
     cfg = compose(FILES[given.data, given.method], [name, "checkpoint.dir=runs/study", *overrides])
-    methods = list(dict.fromkeys([*methods, *given.add]))
+    methods, seeds = given.methods or methods, given.seeds or seeds
     definitions = {each: VARIANTS[each] for each in methods if each in VARIANTS}
     compare(cfg, methods, seeds, definitions, given.processes)
 
