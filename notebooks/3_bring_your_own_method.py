@@ -78,7 +78,8 @@ class Autoencoder(nn.Module):
 
 # %%
 model = Autoencoder()
-weighting = GraP(["reconstruction", "consistency"], lr=0.1)
+weighting = GraP(["reconstruction", "consistency"])
+weighting.set_total_steps(EPOCHS * len(loader))  # for the weights' learning rate
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 for epoch in range(EPOCHS):
     for x, y in loader:

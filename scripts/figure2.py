@@ -62,7 +62,8 @@ def cosine(weights: Tensor) -> float:
 
 def trajectory(normalization: str, steps: int = STEPS) -> Tensor:
     """Returns GraP's weights at each step of gradient ascent from (1, 1), (steps + 1, 2)."""
-    rule = GraP(["1", "2"], lr=LEARNING_RATE, optimizer="sgd", normalization=normalization)
+    keys = {"lr": LEARNING_RATE, "optimizer": "sgd", "normalization": normalization}
+    rule = GraP(["1", "2"], recipe="alg1", **keys)
     statistics = Statistics(torch.zeros(2), G @ G.T, G @ G_DOWN, G_DOWN.norm())
     path = [rule.weights.double()]
     for _ in range(steps):

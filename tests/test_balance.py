@@ -52,7 +52,7 @@ def gradients(loss, module, **kwargs):
 def test_gradients_are_those_of_algorithm_1(count, views, scale):
     net = Net(count, views)
     reference = {name: 0.5 + k for k, name in enumerate(net.names)}
-    weighting = GraP(net.names, reference, scale=scale).double()
+    weighting = GraP(net.names, reference, scale=scale, recipe="alg1").double()
     weighting.weights.copy_(torch.rand(count) + 0.1)
     start = weighting.weights.clone()
 
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_algorithm_1(count, views, scale):
 @pytest.mark.parametrize("count", [1, 4])
 def test_statistics_and_alignment(count):
     net = Net(count, 2)
-    weighting = GraP(net.names).double()
+    weighting = GraP(net.names, recipe="alg1").double()
     z = net.embed()
     losses = net.terms(*z)
     rows = torch.stack(
@@ -129,7 +129,9 @@ def test_plain_path_is_the_weighted_sum_and_computes_no_embedding_gradient(make,
     assert step.statistics.gramian is None and step.alignment is None
 
 
-@pytest.mark.parametrize("weighting", [Fixed(["term0", "term1"]), GraP(["term0", "term1"]).eval()])
+@pytest.mark.parametrize(
+    "weighting", [Fixed(["term0", "term1"]), GraP(["term0", "term1"], recipe="alg1").eval()]
+)
 def test_labels_reach_the_backbone_through_the_weights_alone(weighting):
     net = Net(2, 2)
 
@@ -152,7 +154,7 @@ def test_a_shared_head_gets_the_sum_the_weighted_sum_or_the_aligned_sum(mode, he
     net = Net(3, 2)
     projector = nn.Linear(5, 5).double()
     reference = {"term0": 0.5, "term1": 2.0, "term2": 1.0}
-    weighting = GraP(net.names, reference, shared_heads=mode, heads=heads).double()
+    weighting = GraP(net.names, reference, shared_heads=mode, heads=heads, recipe="alg1").double()
     shared = SharedHead(net.names, projector.parameters())
 
     def terms(*z, route=shared):
@@ -192,7 +194,7 @@ def test_a_constant_term_has_a_zero_gradient():
     def terms(z):
         return {**net.terms(z), "term1": torch.tensor(3.0, dtype=torch.float64)}
 
-    step = balance(net.embed()[0], terms, net.downstream, GraP(net.names).double())
+    step = balance(net.embed()[0], terms, net.downstream, GraP(net.names, recipe="alg1").double())
     step.loss.backward()
     assert step.statistics.gramian[1].abs().sum() == 0
     assert step.weights.isfinite().all()
@@ -201,7 +203,7 @@ def test_a_constant_term_has_a_zero_gradient():
 def test_wrong_term_names_are_named():
     net = Net(2, 1)
     with pytest.raises(ConfigError, match="recon.*term0, term1"):
-        balance(net.embed()[0], net.terms, net.downstream, GraP(["recon", "term1"]))
+        balance(net.embed()[0], net.terms, net.downstream, GraP(["recon", "term1"], recipe="alg1"))
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -246,7 +248,7 @@ def test_a_term_that_reaches_the_backbone_past_the_embedding_is_refused(way):
     (view,) = net.embed()
     bad = changed_terms(net, lambda z: {"term1": z.mean() + BYPASSES[way](net, view)})
     with pytest.raises(ConfigError, match="^terms: 'term1' reaches the backbone other than"):
-        balance(view, bad, net.downstream, GraP(net.names).double())
+        balance(view, bad, net.downstream, GraP(net.names, recipe="alg1").double())
     # A rule that needs no gradients multiplies the whole term by its weight: nothing is wrong.
     balance(view, bad, net.downstream, Fixed(net.names).double()).loss.backward()
     assert net.backbone[0].weight.grad.any()
@@ -277,7 +279,7 @@ def test_terms_that_are_no_losses_by_name_are_refused(make, returned):
 def test_embeddings_that_are_no_tensors_are_refused(embeddings):
     net = Net(2, 1)
     with pytest.raises(ConfigError, match="^embeddings: expected the backbone's output"):
-        balance(embeddings, net.terms, net.downstream, GraP(net.names))
+        balance(embeddings, net.terms, net.downstream, GraP(net.names, recipe="alg1"))
 
 
 def test_names_and_weightings_of_a_wrong_kind_are_refused():
@@ -287,7 +289,7 @@ def test_names_and_weightings_of_a_wrong_kind_are_refused():
     with pytest.raises(ConfigError, match="^weighting: expected a block of keys"):
         build_weighting("grap", net.names)
     with pytest.raises(ConfigError, match="^terms: expected one or more different names"):
-        GraP("ab")
+        GraP("ab", recipe="alg1")
     with pytest.raises(ConfigError, match="^SharedHead: unknown name 'term9'"):
         SharedHead(net.names)(torch.ones(2), "term9")
 
@@ -296,7 +298,7 @@ def test_a_detached_use_of_the_backbone_is_allowed_and_the_graph_is_walked_once(
     net, calls = Net(3, 2), []
     views = net.embed()
     fine = changed_terms(net, lambda *z: {"term1": (z[0] - views[1].detach()).square().mean()})
-    weighting = GraP(net.names).double()
+    weighting = GraP(net.names, recipe="alg1").double()
     module = sys.modules["grap_solo.balance"]
     original = module.find_bypass
     monkeypatch.setattr(module, "find_bypass", lambda *args: calls.append(1) or original(*args))
@@ -304,4 +306,4 @@ def test_a_detached_use_of_the_backbone_is_allowed_and_the_graph_is_walked_once(
         balance(views, fine, net.downstream, weighting)
     assert calls == [1]
     frozen = [each.detach() for each in views]  # A backbone that is not trained has no graph.
-    balance(frozen, fine, net.downstream, GraP(net.names).double()).loss.backward()
+    balance(frozen, fine, net.downstream, GraP(net.names, recipe="alg1").double()).loss.backward()

@@ -66,7 +66,7 @@ class Problem(nn.Module):
 
 def learned(problem, autocast=None, **keys):
     """The weights of ``GraP`` after each of a training's steps, (STEPS, K)."""
-    weighting, path = GraP(TERMS, **keys), []
+    weighting, path = GraP(TERMS, **keys, recipe="alg1"), []
     optimizer = torch.optim.SGD(problem.backbone.parameters(), lr=0.05)
     for number in range(STEPS):
         with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
@@ -118,7 +118,7 @@ CASES = [
 def test_statistics_and_the_algebra_of_the_weights_are_in_float32(heads, autocast):
     """To float32's own rounding they are what float64 makes of the same gradients."""
     problem = Problem(heads=heads, planted=1.0)
-    weighting, exactly = GraP(TERMS), GraP(TERMS).double()
+    weighting, exactly = GraP(TERMS, recipe="alg1"), GraP(TERMS, recipe="alg1").double()
     for number in range(5):
         with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
             step = problem.step(weighting, number)
@@ -144,7 +144,7 @@ def test_statistics_and_the_algebra_of_the_weights_are_in_float32(heads, autocas
 def test_statistics_are_those_of_exact_gradients_to_the_networks_precision(heads, autocast):
     problem = Problem(heads=heads, planted=1.0)
     with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
-        statistics = problem.step(GraP(TERMS)).statistics
+        statistics = problem.step(GraP(TERMS, recipe="alg1")).statistics
     rows, down = exact(problem)
     # A few roundings one after another: of the embedding, the output, and the way back.
     error = {torch.bfloat16: 2**-5, torch.float16: 2**-8}.get(autocast or heads, 1e-5)
@@ -160,7 +160,7 @@ def test_statistics_are_those_of_exact_gradients_to_the_networks_precision(heads
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 def test_float64_stays_float64(autocast):
     problem = Problem(heads=torch.float64)
-    weighting = GraP(TERMS).double()
+    weighting = GraP(TERMS, recipe="alg1").double()
     with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
         step = problem.step(weighting)
         rows, down = exact(problem)
@@ -198,7 +198,7 @@ def test_the_planted_gradients_are_what_they_are_meant_to_be():
 @pytest.mark.parametrize("which", ["planted", "down"])
 def test_a_gradient_too_small_for_float16_is_right_in_the_statistics(which):
     problem = Problem(heads=torch.float16, **{which: TINY})
-    statistics = problem.step(GraP(TERMS)).statistics
+    statistics = problem.step(GraP(TERMS, recipe="alg1")).statistics
     rows, down = exact(problem)
     norms = rows.norm(dim=1)
     assert statistics.downstream_norm.item() == pytest.approx(down.norm().item(), rel=0.02)
@@ -219,7 +219,7 @@ def test_weights_learned_from_gradients_too_small_for_float16_follow_those_of_fl
 
 def test_a_gradient_that_float16_can_hold_is_right_however_large_it_is():
     """In the last of a few steps, so that a scale of the inner gradients may find its size."""
-    problem, weighting = Problem(heads=torch.float16, planted=LARGE), GraP(TERMS)
+    problem, weighting = Problem(heads=torch.float16, planted=LARGE), GraP(TERMS, recipe="alg1")
     for _ in range(STEPS):
         step = problem.step(weighting)
     rows, _ = exact(problem)
@@ -230,7 +230,7 @@ def test_a_gradient_that_float16_can_hold_is_right_however_large_it_is():
 
 
 def test_the_scale_halves_after_a_step_that_overflows_and_comes_back():
-    problem, weighting = Problem(heads=torch.float16, planted=LARGE), GraP(TERMS)
+    problem, weighting = Problem(heads=torch.float16, planted=LARGE), GraP(TERMS, recipe="alg1")
     first = weighting.inner_scale.item()
     finite, scales = [], []
     for number in range(STEPS):
@@ -239,7 +239,7 @@ def test_the_scale_halves_after_a_step_that_overflows_and_comes_back():
     assert not finite[0] and finite[-1] and scales[0] == first == 2.0**14
     for good, before, after in zip(finite, scales, scales[1:]):
         assert after == (before if good else before / 2)
-    again = GraP(TERMS)
+    again = GraP(TERMS, recipe="alg1")
     again.load_state_dict(weighting.state_dict())
     assert again.inner_scale == scales[-1]
     for _ in range(1999 - int(again.finite_steps)):
@@ -250,6 +250,6 @@ def test_the_scale_halves_after_a_step_that_overflows_and_comes_back():
 
 
 def test_in_float32_nothing_is_scaled_and_no_scale_moves():
-    problem, weighting = Problem(planted=LARGE), GraP(TERMS)
+    problem, weighting = Problem(planted=LARGE), GraP(TERMS, recipe="alg1")
     step = problem.step(weighting)
     assert step.finite and weighting.inner_scale == 2.0**14 and weighting.finite_steps == 0

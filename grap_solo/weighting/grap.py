@@ -18,8 +18,8 @@ State = list[tuple[Tensor, Tensor]]
 
 BALANCED_STEPS = 20
 """Steps over which ``start: balanced`` averages the norms of the terms' gradients."""
-LEAST_NORM = 1000.0
-"""``start: balanced`` takes every norm for at least the largest one divided by this."""
+LEAST_NORM = 1e-6
+"""``start: balanced`` takes a norm for nothing below this share of the largest one."""
 WIDEST = 20.0
 """``parametrization: exp`` keeps the learned numbers between minus this and this: factors of up to
 exp(40) between two weights."""
@@ -29,7 +29,8 @@ class Start(NamedTuple):
     """Where ``start: balanced`` lets the weights start.
 
     Attributes:
-        weights: the learned weights are factors of these, shape (K,). Their geometric mean is 1.
+        weights: the learned weights are factors of these, shape (K,). Their geometric mean is 1. A
+            term without a gradient has 1.
         norms: of the terms' gradients, averaged over the steps so far, shape (K,).
     """
 
@@ -83,11 +84,10 @@ def pull_gradient(weights: Tensor, gramian: Tensor) -> Tensor:
 
 
 class GraP(Weighting):
-    """Gradient-aligned pretraining (Karpukhin & Savchenko 2026, arXiv 2605.07756, Alg. 1).
+    """Gradient-aligned pretraining (Karpukhin & Savchenko 2026, arXiv 2605.07756).
 
     Each step in training mode moves ``w`` so that the composite gradient ``w^T G`` aligns better
     with the downstream gradient ``g_down``. A step uses the weights from before its own update.
-    ``w`` starts at 1.
 
     ``g_down`` enters with unit norm, as in the authors' code. The objective is then the cosine of
     the two gradients, and the learning rate means the same from the first epoch to the last.
@@ -97,10 +97,13 @@ class GraP(Weighting):
     A step is not learned from when its batch has no labels, when a statistic is not finite, when
     the composite gradient vanishes, or when it would set every weight to 0; ``cause`` says which.
 
-    In Alg. 1 each head gets its own unweighted gradient (``heads: unweighted``). The authors' code
-    multiplies it by the reference weights when it rescales the composite (``heads: reference``).
-    The keys name what else their optimiser has, ``AlignedHPOptimizer`` of
-    github.com/ivan-chai/aligned-hpo. ``recipe: paper`` is their vision setting.
+    By default ``w`` starts where every term's gradient has the same norm, a step multiplies it, and
+    it can change by a factor of up to exp(2) in a run, however long the run is; the heads are
+    trained by the weighted terms. In the paper's Alg. 1 (``recipe: alg1``) ``w`` starts at 1, a step
+    adds to it, and each head gets its own unweighted gradient. The authors' code multiplies that by
+    the reference weights when it rescales the composite (``heads: reference``). The keys name what
+    else their optimiser has, ``AlignedHPOptimizer`` of github.com/ivan-chai/aligned-hpo.
+    ``recipe: paper`` is their vision setting.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
@@ -155,10 +158,9 @@ class GraP(Weighting):
 
     @classmethod
     def read_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """As :meth:`Weighting.read_options`, with the recipe's values. ``lr`` is None if
-        ``lr_per_run`` is given."""
-        options = super().read_options(apply_recipe(given))
-        return options if options["lr_per_run"] is None else {**options, "lr": None}
+        """As :meth:`Weighting.read_options`, with the recipe's values. One of ``lr`` and
+        ``lr_per_run`` is None."""
+        return super().read_options(apply_recipe(given))
 
     def set_total_steps(self, steps: float) -> None:
         if self.options["lr_per_run"] is None:
@@ -212,9 +214,10 @@ class GraP(Weighting):
             own = statistics.gramian.diagonal().sqrt()
             mean = average_on(norms, own, self.updates, 1.0, first=BALANCED_STEPS)
             norms = torch.where(mean.isfinite().all() & mean.any(), mean, norms)
-        logs = norms.clamp(min=torch.finfo(norms.dtype).tiny).log()
-        logs = logs.clamp(min=logs.max() - math.log(LEAST_NORM))
-        return Start((logs.mean() - logs).exp(), norms)
+        there = norms > LEAST_NORM * norms.max()
+        logs = torch.where(there, norms, 1).log()
+        mean = (logs * there).sum() / there.sum().clamp(min=1)
+        return Start(torch.where(there, mean - logs, 0).exp(), norms)
 
     def scale_gramian(self, statistics: Statistics) -> Tensor:
         assert statistics.gramian is not None

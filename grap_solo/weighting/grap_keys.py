@@ -16,12 +16,19 @@ STARTS = ("equal", "balanced")
 WEIGHT_OPTIMIZERS = ("adam", "sgd")
 
 RECIPES: dict[str, dict[str, Any]] = {
+    "alg1": {
+        "lr": 0.1,
+        "parametrization": "clip",
+        "start": "equal",
+        "heads": "unweighted",
+    },
     "paper": {
         "lr": 0.1,
         "lr_schedule": "optimizer",
         "optimizer": "adam",
         "normalization": "gradient",
         "parametrization": "abs",
+        "start": "equal",
         "norm_ema": 0.99,
         "average_first": 10,
         "ema": 0.0,
@@ -34,31 +41,42 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """The keys that each recipe sets. ``average_first`` is their optimiser's default ``warmup``."""
 
+LR_PER_RUN = 2.0
+"""``lr_per_run`` where no learning rate is given: docs/results/study has the reasons."""
+
+
+def _listed(recipe: str) -> str:
+    return ", ".join(f"`{key}: {value}`" for key, value in RECIPES[recipe].items())
+
+
 GRAP_KEYS = {
     "recipe": Key(
         str,
         choices=tuple(RECIPES),
         optional=True,
-        doc="Sets several keys at once; a key that is given too wins. `paper` is the authors' "
-        "setting on CIFAR-10 (scripts/pretrain/cifar/hpo-*.yaml of their solo-learn fork, "
-        "with their optimiser's defaults): "
-        + ", ".join(f"`{key}: {value}`" for key, value in RECIPES["paper"].items())
-        + ". They also join two terms of their method: `method_kwargs.join_feature_loss`.",
+        doc="Sets several keys at once; a key that is given too wins. `alg1` is Alg. 1 of the "
+        f"paper (arXiv 2605.07756): {_listed('alg1')}. `paper` is its authors' setting on CIFAR-10 "
+        "(scripts/pretrain/cifar/hpo-*.yaml of their solo-learn fork, with their optimiser's "
+        f"defaults): {_listed('paper')}. They also join two terms of their method: "
+        "`method_kwargs.join_feature_loss`.",
     ),
     "lr": Key(
         float,
         above=0,
-        default=0.1,
-        doc="How far one step moves the terms' weights. It is not scaled with the batch size.",
+        optional=True,
+        doc="How far one step moves the learned weights, in place of `lr_per_run`. It is not "
+        "scaled with the batch size.",
     ),
     "lr_per_run": Key(
         float,
         above=0,
         optional=True,
-        doc="How far the weights can move in a whole run, in units of the weights, which start "
-        "at 1. `lr` is this number divided by the run's number of batches on each device, those "
-        "of `warmup_epochs` included: the weights move the same way in a short run and a long "
-        "one. Give it instead of `lr`. In a loop of your own, call "
+        doc="How far the learned weights can move in a whole run: `lr` is this number divided by "
+        "the run's number of batches on each device, those of `warmup_epochs` included, so that "
+        "the weights move the same way in a short run and a long one. With `parametrization: exp` "
+        "the unit is the natural logarithm: 2 lets a weight change by a factor of up to "
+        f"exp(2) = 7.4; with the others it is a weight's start. {LR_PER_RUN:g} if neither `lr` "
+        "nor a recipe with an `lr` is given. In a loop of your own, call "
         "`weighting.set_total_steps(N)`.",
     ),
     "lr_schedule": Key(
@@ -86,7 +104,7 @@ GRAP_KEYS = {
     "parametrization": Key(
         str,
         choices=PARAMETRIZATIONS,
-        default="clip",
+        default="exp",
         doc="How the weights stay at 0 or above: `clip`, each step ends with max(w, 0) (arXiv "
         "2605.07756, Alg. 1); `abs`, w = abs(v), where v is learned and the "
         "gradient of abs at 0 is 1 (`weights_parametrization` of the authors' optimiser); `exp`, "
@@ -96,7 +114,7 @@ GRAP_KEYS = {
     "start": Key(
         str,
         choices=STARTS,
-        default="equal",
+        default="balanced",
         doc="The weights that the run starts from: `equal`, 1 for each term; `balanced`, weights "
         "that give every term's gradient the same norm, on the average of the first 20 steps that "
         "are learned from. The weights that are learned are factors of these, so that multiplying "
@@ -144,12 +162,12 @@ GRAP_KEYS = {
         doc="Epochs for which the weights stay at their start. During them grap-solo "
         "keeps the rule in eval mode; in a loop of your own, call `weighting.eval()`.",
     ),
-    **treatment_keys(scale="reference", heads="unweighted"),
+    **treatment_keys(scale="reference", heads="weighted"),
 }
 
 
 def apply_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given keys, and those of their recipe that are not given themselves.
+    """The given keys, those of their recipe that are not given themselves, and a learning rate.
 
     Args:
         given: values by name. None stands for a value that is left out.
@@ -167,4 +185,7 @@ def apply_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     recipe = dict(RECIPES.get(name, {}) if isinstance(name, str) else {})
     if "lr_per_run" in own:  # In place of all that the recipe says about the learning rate.
         recipe = {key: value for key, value in recipe.items() if key not in ("lr", "lr_schedule")}
-    return recipe | own
+    all_keys = recipe | own
+    return (
+        all_keys if {"lr", "lr_per_run"} & set(all_keys) else {**all_keys, "lr_per_run": LR_PER_RUN}
+    )

@@ -154,7 +154,7 @@ def test_hydras_multirun_has_the_same_grid(file):
 @pytest.mark.parametrize(
     ("kind", "data", "held"),
     [
-        ("grap", "cifar10", {"weighting.lr": 0.3, "weighting.normalization": "none"}),
+        ("grap", "cifar10", {"weighting.lr_per_run": 4, "weighting.normalization": "none"}),
         ("methods", "digits", {"seed": 8}),
     ],
 )
@@ -181,10 +181,10 @@ def test_a_multirun_trains_each_job_and_leaves_its_files_in_one_folder(root, cap
     flags = ["--config-path", "configs/digits", "--config-name", "grap"]
     flags += ["--config-dir", "configs/sweeps", "+multirun=grap"]
     small = ["+data.fraction=0.2", "max_epochs=1", "scheduler.warmup_epochs=0"]
-    small += ["weighting.lr=0.1", "seed=5"]
+    small += ["weighting.lr_per_run=2", "seed=5"]
     assert main(["pretrain", *flags, *small, "weighting.normalization=sum,none"]) == 0
     folder = root / "runs" / "sweep-grap-digits"
-    names = {"lr0.1-sum-seed5": "sum", "lr0.1-none-seed5": "none"}
+    names = {"rate2-sum-seed5": "sum", "rate2-none-seed5": "none"}
     for name, normalization in names.items():
         assert read(folder / name / "config.yaml")["weighting"]["normalization"] == normalization
         assert len((folder / name / "weights.csv").read_text().splitlines()) == 4
@@ -197,5 +197,5 @@ def test_a_multirun_trains_each_job_and_leaves_its_files_in_one_folder(root, cap
     # What is there is refused, and the rest is trained all the same.
     capfd.readouterr()
     assert main(["pretrain", *flags, *small, "weighting.normalization=none,gradient"]) == 2
-    assert "lr0.1-none-seed5 already holds a run" in capfd.readouterr().err
-    assert (folder / "lr0.1-gradient-seed5" / "median_weights.yaml").exists()
+    assert "rate2-none-seed5 already holds a run" in capfd.readouterr().err
+    assert (folder / "rate2-gradient-seed5" / "median_weights.yaml").exists()

@@ -240,7 +240,7 @@ def test_embedding_and_parameter_space_agree_where_the_backbone_is_an_isometry()
             z,
             lambda z: {f"{k}": mse_loss(h(z), targets[k]) for k, h in enumerate(heads)},
             downstream,
-            GraP(["0", "1", "2"]).double(),
+            GraP(["0", "1", "2"], recipe="alg1").double(),
         )
         target = torch.autograd.grad(down[1], down[0], retain_graph=True)
         cosines.append(parameter_space_cosine(step, target, [z], backbone).item())

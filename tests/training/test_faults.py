@@ -138,7 +138,7 @@ def test_products_that_are_all_negative_never_leave_the_weights_at_zero():
     from grap_solo import GraP, Statistics
 
     for normalization in ("gradient", "sum", "none"):
-        weighting = GraP(["a", "b"], lr=0.5, normalization=normalization)
+        weighting = GraP(["a", "b"], lr=0.5, normalization=normalization, recipe="alg1")
         gramian = torch.tensor([[1.0, 0.2], [0.2, 2.0]])
         for _ in range(100):
             effective = weighting(

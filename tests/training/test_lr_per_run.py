@@ -11,7 +11,7 @@ from grap_solo.training.run import pretrain
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 # Three batches of 32 images an epoch, of which two make a step.
 KEYS = ["data.fraction=0.1", "optimizer.batch_size=32", "+limit_val_batches=2"]
-KEYS += ["+weighting.recipe=paper", "weighting.lr=null", "+weighting.lr_per_run=1.2"]
+KEYS += ["weighting.recipe=paper", "weighting.lr_per_run=1.2"]
 
 
 def configuration(directory, *overrides):

@@ -142,7 +142,11 @@ def build(name: str, terms: int | list[str], **keys):
     reference = {f"term{k}": 0.5 + k for k in range(len(terms))}
     if name == "random":
         keys.setdefault("seed", 3)
-    return build_weighting({"name": name, **keys}, terms, reference).double()
+    if name == "grap":  # `recipe=None` is GraP with its own defaults.
+        keys.setdefault("recipe", "alg1")
+    weighting = build_weighting({"name": name, **keys}, terms, reference).double()
+    weighting.set_total_steps(50)
+    return weighting
 
 
 def finish(weighting, batch: Batch, number: int) -> None:
@@ -272,6 +276,7 @@ def test_a_step_that_is_not_finite_is_not_learned_from(name, path, value, where,
 STATES = [
     *({"name": name} for name in RULES),
     {"name": "grap", "ema": 0.9},
+    {"name": "grap", "recipe": None},
     {"name": "grap", "recipe": "paper", "average_first": 3, "ema": 0.9},
     {"name": "grap", "optimizer": "sgd"},
     {"name": "gradnorm", "scale": "reference"},
@@ -334,6 +339,18 @@ def test_weights_do_not_depend_on_the_size_of_all_losses(name, path, size, scale
         if (scale or name == "grap") and cancels(one, batch.gramian, 1e-12):
             continue
         assert torch.equal(one, other)
+
+
+@drawn(20)
+@given(path=paths(plain_batches), seed=SEEDS)
+def test_graps_balanced_start_makes_up_for_the_size_of_each_loss(path, seed):
+    """Each loss has a factor of its own; a term's gradient times its weight stays the same."""
+    factors = (2 * randn(seed, path[0].count).double()).exp()
+    one, other = (build("grap", path[0].count, recipe=None, scale="unit") for _ in range(2))
+    for batch in path:
+        scaled = replace(batch, rows=batch.rows * factors[:, None], losses=batch.losses * factors)
+        weights, of_scaled = one(batch.statistics()), other(scaled.statistics())
+        torch.testing.assert_close(of_scaled * factors, weights, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", sorted(set(GRADIENT_RULES) - {"fairgrad", "gradnorm"}))
@@ -500,11 +517,11 @@ def spoiled(batch: Batch, cause: str, where: str) -> Statistics:
 
 
 @drawn(60)
-@given(data=st.data(), keys=GRAPS, path=paths(most=8))
-def test_grap_over_any_path(data, keys, path):
+@given(data=st.data(), keys=GRAPS, recipe=st.sampled_from([None, "alg1"]), path=paths(most=8))
+def test_grap_over_any_path(data, keys, recipe, path):
     """Never negative, all zero or not finite; the composite has the reference norm; and a step
     that is left out changes nothing and says why."""
-    weighting = build("grap", path[0].count, **keys)
+    weighting = build("grap", path[0].count, **keys, recipe=recipe)
     reference = weighting.reference.clone()
     causes = ["", "", "", "held", "unlabelled", "not finite", "no composite gradient"]
     for batch in path:
@@ -512,7 +529,7 @@ def test_grap_over_any_path(data, keys, path):
         weighting.train(cause != "held")
         where = data.draw(st.sampled_from(["gramian", "products", "downstream_norm"]))
         statistics = batch.statistics() if cause in ("", "held") else spoiled(batch, cause, where)
-        in_force, before = weighting.weights.clone(), state_of(weighting)
+        before = state_of(weighting)
         effective = weighting(statistics)
         found = CAUSES[weighting.cause]
         assert found == cause or cause in ("", "no composite gradient")
@@ -524,12 +541,13 @@ def test_grap_over_any_path(data, keys, path):
             assert weighting.updates == before[".updates"] + 1
         state = state_of(weighting)
         assert all(each.isfinite().all() for each in state.values())
-        assert weighting.weights.min() >= 0 and weighting.weights.any()
+        learned = weighting._to_weights(weighting.weights)
+        assert learned.min() >= 0 and learned.any()
         if cause == "not finite":
             continue
         assert effective.isfinite().all() and effective.min() >= 0
         gramian, digits = batch.gramian, torch.finfo(batch.rows.dtype).eps
-        vanishing = [cancels(each, gramian, 1e4 * digits) for each in (in_force, reference)]
+        vanishing = [cancels(each, gramian, 1e4 * digits) for each in (effective, reference)]
         if cause != "no composite gradient" and not any(vanishing):
             norm, wanted = (
                 each @ gramian.double() @ each for each in (effective.double(), reference)
@@ -544,7 +562,7 @@ def test_a_small_step_of_grap_raises_its_objective(batch, seed, normalization):
     statistics = batch.statistics()
     given = statistics.gramian, statistics.products / statistics.downstream_norm, normalization
     weighting = GraP(
-        names(batch.count), lr=1e-4, optimizer="sgd", normalization=normalization
+        names(batch.count), lr=1e-4, optimizer="sgd", normalization=normalization, recipe="alg1"
     ).double()
     weighting.weights.copy_(start)
     weighting(statistics)

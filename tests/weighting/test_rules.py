@@ -35,6 +35,8 @@ def statistics(rows, losses=None):
 
 
 def rule(name, reference=None, **keys):
+    if name == "grap":
+        keys = {"recipe": "alg1", **keys}
     return build_weighting({"name": name, **keys}, TERMS, reference).double()
 
 
@@ -426,7 +428,10 @@ def test_supervised_is_the_downstream_loss_alone():
 
 def test_held_out_labels_give_the_weights_and_train_the_probe_and_nothing_else():
     problem = Problem()
-    weighting, twin = GraP(TERMS, REFERENCE).double(), GraP(TERMS, REFERENCE).double()
+    weighting, twin = (
+        GraP(TERMS, REFERENCE, recipe="alg1").double(),
+        GraP(TERMS, REFERENCE, recipe="alg1").double(),
+    )
     with torch.no_grad():
         seen = problem.backbone(problem.other)
     for _ in range(3):  # The twin sees the held-out batch as its only one.
@@ -455,8 +460,8 @@ def test_held_out_labels_give_the_weights_and_train_the_probe_and_nothing_else()
 
 
 def test_ema_averages_gramian_and_products_with_bias_correction():
-    weighting = GraP(TERMS, ema=0.9, optimizer="sgd", lr=0.05).double()
-    plain = GraP(TERMS, optimizer="sgd", lr=0.05).double()
+    weighting = GraP(TERMS, ema=0.9, optimizer="sgd", lr=0.05, recipe="alg1").double()
+    plain = GraP(TERMS, optimizer="sgd", lr=0.05, recipe="alg1").double()
     gramians, products = [], []
     for step in range(6):
         stats = statistics(gradients(step))

@@ -46,7 +46,9 @@ def test_closed_form_gradient_is_autograds(count, normalization):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_weights_follow_torchs_optimiser_on_the_normalised_objective(optimizer, normalization):
-    weighting = GraP(names(4), optimizer=optimizer, lr=0.05, normalization=normalization).double()
+    weighting = GraP(
+        names(4), optimizer=optimizer, lr=0.05, normalization=normalization, recipe="alg1"
+    ).double()
     weights = torch.ones(4, dtype=torch.float64, requires_grad=True)
     make = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
     reference = make([weights], lr=0.05, maximize=True)
@@ -69,7 +71,7 @@ def test_weights_follow_torchs_optimiser_on_the_normalised_objective(optimizer, 
 
 
 def test_state_dict_continues_the_same_path():
-    first, second = GraP(names(3)), GraP(names(3))
+    first, second = GraP(names(3), recipe="alg1"), GraP(names(3), recipe="alg1")
     for step in range(5):
         first(statistics(3, step)[0])
     second.load_state_dict(first.state_dict())
@@ -79,7 +81,7 @@ def test_state_dict_continues_the_same_path():
 
 
 def test_eval_mode_holds_the_weights():
-    weighting = GraP(names(3)).eval()
+    weighting = GraP(names(3), recipe="alg1").eval()
     weighting(statistics(3, 0)[0])
     assert torch.equal(weighting.weights, torch.ones(3)) and weighting.updates == 0
 
@@ -100,7 +102,7 @@ def vanished(stats):
 @pytest.mark.parametrize("keys", [{}, {"recipe": "paper", "regularization": 1.0}])
 @pytest.mark.parametrize("spoil", [unlabelled, not_finite, vanished])
 def test_a_step_that_cannot_be_used_changes_no_state(spoil, keys):
-    weighting = GraP(names(3), **keys).double()
+    weighting = GraP(names(3), **({"recipe": "alg1"} | keys)).double()
     for step in range(3):
         weighting(statistics(3, step)[0])
     before = {key: value.clone() for key, value in weighting.state_dict().items()}
@@ -112,7 +114,7 @@ def test_a_step_that_cannot_be_used_changes_no_state(spoil, keys):
 
 
 def test_an_update_that_would_zero_every_weight_is_not_applied():
-    weighting = GraP(names(2), optimizer="sgd", lr=100.0, normalization="none")
+    weighting = GraP(names(2), optimizer="sgd", lr=100.0, normalization="none", recipe="alg1")
     gramian = torch.eye(2)
     weighting(Statistics(torch.ones(2), gramian, torch.tensor([-1.0, -1.0]), torch.tensor(1.0)))
     assert torch.equal(weighting.weights, torch.ones(2))
@@ -121,7 +123,7 @@ def test_an_update_that_would_zero_every_weight_is_not_applied():
 
 
 def test_direction_does_not_depend_on_the_scale_of_the_downstream_gradient():
-    small, large = GraP(names(4)).double(), GraP(names(4)).double()
+    small, large = GraP(names(4), recipe="alg1").double(), GraP(names(4), recipe="alg1").double()
     for step in range(20):
         stats, _ = statistics(4, step)
         scaled = Statistics(
@@ -154,7 +156,7 @@ def test_products_predict_the_downstream_loss_after_a_real_step():
     def downstream(z):
         return F.cross_entropy(probe(z), labels)
 
-    step = balance(backbone(inputs), terms, downstream, GraP(names(4)).double())
+    step = balance(backbone(inputs), terms, downstream, GraP(names(4), recipe="alg1").double())
     lr, eps = 1e-4, 1e-3
 
     def downstream_after_step(weights):
@@ -186,7 +188,7 @@ def test_grap_finds_the_useful_term_and_is_never_negative(seed):
     classes = torch.eye(4)
     backbone, probe = nn.Linear(10, 4), nn.Linear(4, 4)
     images = torch.randn(4, 10)
-    weighting = GraP(["useful", "harmful", "noise"], lr=0.1)
+    weighting = GraP(["useful", "harmful", "noise"], lr=0.1, recipe="alg1")
     optimizer = torch.optim.SGD([*backbone.parameters(), *probe.parameters()], lr=0.05)
     lowest = 1.0
     for iteration in range(200):
@@ -242,7 +244,7 @@ def test_grap_finds_the_useful_term_and_is_never_negative(seed):
         ({"name": "grap", "shared_heads": "mean"}, "weighting.shared_heads"),
         ({"name": "grap", "warmup_epochs": -1}, "weighting.warmup_epochs"),
         ({"name": "grap", "recipe": "papr"}, "weighting.recipe: .*did you mean 'paper'"),
-        ({"name": "grap", "recipe": 1}, "weighting.recipe: expected one of paper, got 1"),
+        ({"name": "grap", "recipe": 1}, "weighting.recipe: expected one of alg1, paper, got 1"),
         ({"name": "grap", "recipe": "paper", "ema": 1}, "weighting.ema: .*below 1"),
         ({"name": "grap", "lr": 0.1, "lr_per_run": 1.0}, "weighting.lr_per_run: weighting.lr is"),
         ({"name": "grap", "lr_per_run": 0}, "weighting.lr_per_run: .*above 0"),
@@ -282,7 +284,7 @@ def test_registry_builds_what_it_names():
     grap = build_weighting({"name": "grap", "lr": 0.01}, ["a", "b"], reference)
     assert isinstance(grap, GraP) and grap.lr == 0.01
     with pytest.raises(ConfigError, match="one or more different names"):
-        GraP(["a", "a"])
+        GraP(["a", "a"], recipe="alg1")
 
 
 def test_a_rule_without_a_direction_is_refused_when_it_is_made():
