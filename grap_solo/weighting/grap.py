@@ -97,12 +97,12 @@ class GraP(Weighting):
     A step is not learned from when its batch has no labels, when a statistic is not finite, when
     the composite gradient vanishes, or when it would set every weight to 0; ``cause`` says which.
 
-    By default ``w`` starts where every term's gradient has the same norm, a step multiplies it, and
-    it can change by a factor of up to exp(2) in a run, however long the run is; the heads are
-    trained by the weighted terms. In the paper's Alg. 1 (``recipe: alg1``) ``w`` starts at 1, a step
-    adds to it, and each head gets its own unweighted gradient. The authors' code multiplies that by
-    the reference weights when it rescales the composite (``heads: reference``). The keys name what
-    else their optimiser has, ``AlignedHPOptimizer`` of github.com/ivan-chai/aligned-hpo.
+    By default ``w`` starts where every term's gradient has the same norm, and a step multiplies it:
+    in a run, however long, each weight can change by a factor of up to exp(2). The heads are trained
+    by the weighted terms. In the paper's Alg. 1 (``recipe: alg1``) ``w`` starts at 1, a step adds to
+    it, and each head gets its own unweighted gradient. The authors' code multiplies that gradient
+    by the reference weights when it rescales the composite (``heads: reference``). The keys name
+    what else their optimiser has, ``AlignedHPOptimizer`` of github.com/ivan-chai/aligned-hpo;
     ``recipe: paper`` is their vision setting.
 
     Args:

@@ -185,7 +185,7 @@ def apply_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     recipe = dict(RECIPES.get(name, {}) if isinstance(name, str) else {})
     if "lr_per_run" in own:  # In place of all that the recipe says about the learning rate.
         recipe = {key: value for key, value in recipe.items() if key not in ("lr", "lr_schedule")}
-    all_keys = recipe | own
-    return (
-        all_keys if {"lr", "lr_per_run"} & set(all_keys) else {**all_keys, "lr_per_run": LR_PER_RUN}
-    )
+    found = recipe | own
+    if not {"lr", "lr_per_run"} & set(found):
+        found["lr_per_run"] = LR_PER_RUN
+    return found
