@@ -98,12 +98,12 @@ class GraP(Weighting):
     the composite gradient vanishes, or when it would set every weight to 0; ``cause`` says which.
 
     By default ``w`` starts where every term's gradient has the same norm, and a step multiplies it:
-    in a run, however long, each weight can change by a factor of up to exp(2). The heads are trained
-    by the weighted terms. In the paper's Alg. 1 (``recipe: alg1``) ``w`` starts at 1, a step adds to
-    it, and each head gets its own unweighted gradient. The authors' code multiplies that gradient
-    by the reference weights when it rescales the composite (``heads: reference``). The keys name
-    what else their optimiser has, ``AlignedHPOptimizer`` of github.com/ivan-chai/aligned-hpo;
-    ``recipe: paper`` is their vision setting.
+    in a run, however long, each weight can change by a factor of up to exp(2). The heads are
+    trained by the weighted terms. In the paper's Alg. 1 (``recipe: alg1``) ``w`` starts at 1, a
+    step adds to it, and each head gets its own unweighted gradient. The authors' code multiplies
+    that gradient by the reference weights when it rescales the composite (``heads: reference``).
+    The keys name what else their optimiser has, ``AlignedHPOptimizer`` of
+    github.com/ivan-chai/aligned-hpo; ``recipe: paper`` is their vision setting.
 
     Args:
         terms: see :class:`~grap_solo.weighting.base.Weighting`.
