@@ -18,18 +18,19 @@ State = list[tuple[Tensor, Tensor]]
 
 BALANCED_STEPS = 20
 """Steps over which ``start: balanced`` averages the norms of the terms' gradients."""
-LEAST_NORM = 1000.0
-"""``start: balanced`` takes every norm for at least the largest one divided by this."""
+LEAST_NORM = 1e-6
+"""``start: balanced`` takes a norm for nothing below this share of the largest one."""
 WIDEST = 20.0
 """``parametrization: exp`` keeps the learned numbers between minus this and this: factors of up to
 exp(40) between two weights."""
 
 
-class Start(NamedTuple):
+class BalancedStart(NamedTuple):
     """Where ``start: balanced`` lets the weights start.
 
     Attributes:
-        weights: the learned weights are factors of these, shape (K,). Their geometric mean is 1.
+        weights: the learned weights are factors of these, shape (K,). Their geometric mean is 1. A
+            term without a gradient has 1.
         norms: of the terms' gradients, averaged over the steps so far, shape (K,).
     """
 
@@ -202,7 +203,7 @@ class GraP(Weighting):
             return raw.clamp(min=-WIDEST)
         return raw if self.parametrization == "abs" else raw.clamp(min=0)
 
-    def _start(self, statistics: Statistics) -> Start:
+    def _start(self, statistics: Statistics) -> BalancedStart:
         """The start that ``start: balanced`` gives the weights, as far as it is known.
 
         The first steps' own norms count at once, so that nothing depends on the losses' units."""
@@ -212,9 +213,10 @@ class GraP(Weighting):
             own = statistics.gramian.diagonal().sqrt()
             mean = average_on(norms, own, self.updates, 1.0, first=BALANCED_STEPS)
             norms = torch.where(mean.isfinite().all() & mean.any(), mean, norms)
-        logs = norms.clamp(min=torch.finfo(norms.dtype).tiny).log()
-        logs = logs.clamp(min=logs.max() - math.log(LEAST_NORM))
-        return Start((logs.mean() - logs).exp(), norms)
+        there = norms > LEAST_NORM * norms.max()
+        logs = torch.where(there, norms, 1).log()
+        center = (logs * there).sum() / there.sum().clamp(min=1)
+        return BalancedStart(torch.where(there, center - logs, 0).exp(), norms)
 
     def scale_gramian(self, statistics: Statistics) -> Tensor:
         assert statistics.gramian is not None
@@ -250,7 +252,7 @@ class GraP(Weighting):
         return gramian, products, state
 
     @torch.no_grad()
-    def _update(self, raw: Tensor, start: Start | None, statistics: Statistics) -> None:
+    def _update(self, raw: Tensor, start: BalancedStart | None, statistics: Statistics) -> None:
         """Takes one ascent step on the objective. The class says which steps are left out.
 
         Args:
