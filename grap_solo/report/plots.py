@@ -216,10 +216,10 @@ def plot_alignment(
 
 def plot_collapse(
     measures: Mapping[str, Mapping[str, Sequence[Series]]],
-    limits: Mapping[str, float],
-    crosses: Mapping[str, Sequence[tuple[str, float, float]]],
     target: str | os.PathLike[str],
     colors: Mapping[str, str],
+    limits: Mapping[str, float],
+    crosses: Mapping[str, Sequence[tuple[str, float, float]]],
 ) -> None:
     """Draws the measures of collapse over the epochs, one panel for each.
 
@@ -227,10 +227,10 @@ def plot_collapse(
 
     Args:
         measures: by measure and by method, the series of each run.
-        limits: each measure's value below which a run has collapsed, drawn dashed.
-        crosses: by measure, a method with the epoch and the value at which a run had collapsed.
         target: the PNG file to write.
         colors: each method's colour.
+        limits: each measure's value below which a run collapses, drawn dashed.
+        crosses: by measure, a method with the epoch and the value at which a run had collapsed.
     """
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     grid = figure.subplots(1, len(measures), squeeze=False)[0]

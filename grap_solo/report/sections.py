@@ -198,7 +198,7 @@ def collapse_section(groups: Sequence[Group], output: Path) -> Section:
                     crosses[measure].append((label, epochs[at], values[measure][at]))
                 section.alerts.append(f"{_run_name(label, run)}: {run.collapse.describe()}.")
     section.picture = output / "collapse.png"
-    plot_collapse(measures, limits, crosses, section.picture, term_colors(list(runs)))
+    plot_collapse(measures, section.picture, term_colors(list(runs)), limits, crosses)
     section.caption = (
         "The effective rank of the validation embeddings (RankMe), and the standard deviation of "
         "the normalised embeddings' features times the square root of their number (spread: near "
