@@ -93,7 +93,8 @@ class Collapse:
             before, after = (f"{100 * each:.3g} %" for each in (self.fall.before, self.fall.after))
             cause = f"the weight of {self.fall.term} fell most, from {before} to {after} of the sum"
         found = f"RankMe {self.rankme:.1f}, spread {self.spread:.2f}"
-        return f"the representation collapsed by epoch {self.epoch} ({found}); {cause}"
+        time = "1 epoch" if self.epoch == 0 else f"{self.epoch + 1} epochs"
+        return f"the representation collapsed within {time} ({found}); {cause}"
 
 
 def find_fall(

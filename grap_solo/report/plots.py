@@ -235,7 +235,7 @@ def plot_collapse(
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     grid = figure.subplots(1, len(measures), squeeze=False)[0]
     for axes, (measure, methods) in zip(grid, measures.items(), strict=True):
-        axes.axhline(limits[measure], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=0)
+        axes.axhline(limits[measure], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1.5)
         for method, runs in methods.items():
             curve = mean_curve(runs)
             curve.draw_band(axes, colors[method])

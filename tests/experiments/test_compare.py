@@ -145,7 +145,7 @@ def test_a_collapsed_run_is_named_below_the_table(whole, tmp_path):
     (tmp_path / "grid" / "fixed-seed1" / "metrics.csv").write_text(rows)
     directory = compare(configuration(tmp_path), METHODS, [1, 2])
     text = (directory / "summary.md").read_text()
-    assert "\n\nfixed, seed 1: the representation collapsed by epoch 2" in text
+    assert "\n\nfixed, seed 1: the representation collapsed within 3 epochs" in text
     assert text.count("collapsed") == 1 and "collapsed" not in whole[1]
 
 

@@ -74,7 +74,7 @@ def test_a_run_folder_says_whether_its_run_collapsed(tmp_path, validations, expe
     assert (run.collapse is not None) == expected
     if expected:
         assert run.collapse.describe() == (
-            "the representation collapsed by epoch 2 (RankMe 9.0, spread 0.60); the weight of "
+            "the representation collapsed within 3 epochs (RankMe 9.0, spread 0.60); the weight of "
             "falls fell most, from 50 % to 0 % of the sum"
         )
 
