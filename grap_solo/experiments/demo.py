@@ -34,7 +34,7 @@ from grap_solo.training.run import Run, pretrain
 
 
 @dataclass(frozen=True)
-class Part:
+class DemoPlan:
     """One table of the demo: a method, trained with several weightings.
 
     Attributes:
@@ -56,9 +56,9 @@ class Part:
         return f"{self.method}_{run}"
 
 
-PARTS = (
-    Part("All4One", "all4one", 16, ("default", "equal", "grap", "grap_tuned"), untrained=True),
-    Part("VICReg", "vicreg", 20, ("default", "equal", "grap")),
+PLANS = (
+    DemoPlan("All4One", "all4one", 16, ("default", "equal", "grap", "grap_tuned"), untrained=True),
+    DemoPlan("VICReg", "vicreg", 20, ("default", "equal", "grap")),
 )
 RUNS = {
     "default": "the weights that its authors chose by hand",
@@ -116,7 +116,7 @@ class DemoTable:
     """The figures of a method.
 
     Attributes:
-        part: which method.
+        plan: which method.
         rows: its runs.
         path: GraP's weights at each of :data:`MOMENTS`.
         images: the number of validation images.
@@ -124,7 +124,7 @@ class DemoTable:
         seed: of each run.
     """
 
-    part: Part
+    plan: DemoPlan
     rows: list[DemoRow]
     path: dict[str, dict[str, float]]
     images: int
@@ -145,7 +145,7 @@ class DemoTable:
         weights += [[name, *_weight_cells(_shares(each), terms)] for name, each in compared.items()]
         linear = {row.name: row.offline.linear for row in self.rows}
         return [
-            f"## {self.part.title}",
+            f"## {self.plan.title}",
             markdown(accuracies),
             describe_accuracies(linear, self.images),
             markdown(weights),
@@ -172,7 +172,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[DemoTable]:
     how = f"with {' '.join(overrides)}" if overrides else f"about {MINUTES} minutes on 2 cores"
     print(f"{len(configs)} trainings on scikit-learn's digits, {how}; results go to {directory}")
     number = itertools.count(1)
-    tables = [_train_part(part, configs, number) for part in PARTS]
+    tables = [_train_all(plan, configs, number) for plan in PLANS]
     _draw(directory)
     _write_summary(tables, directory, time.monotonic() - start)
     return tables
@@ -187,16 +187,16 @@ def _configurations(directory: Path, overrides: Sequence[str]) -> dict[str, Dict
         if key in OWN_KEYS:
             raise ConfigError(f"{key}: the demo sets it for each of its runs: leave it out")
     found = {}
-    for part in PARTS:
-        for run in part.runs:
-            changes = [*SETTING, f"max_epochs={part.epochs}", *overrides]
-            changes += [f"name={part.folder(run)}", f"checkpoint.dir={directory}"]
+    for plan in PLANS:
+        for run in plan.runs:
+            changes = [*SETTING, f"max_epochs={plan.epochs}", *overrides]
+            changes += [f"name={plan.folder(run)}", f"checkpoint.dir={directory}"]
             if run != "default":
                 rule = "equal" if run == "equal" else "grap"
-                changes += [f"method=grap_{part.method}", f"+weighting.name={rule}"]
-            cfg = compose(CONFIGS / "digits" / f"{part.method}.yaml", changes)
+                changes += [f"method=grap_{plan.method}", f"+weighting.name={rule}"]
+            cfg = compose(CONFIGS / "digits" / f"{plan.method}.yaml", changes)
             prepare(cfg)
-            found[part.folder(run)] = cfg
+            found[plan.folder(run)] = cfg
     return found
 
 
@@ -211,22 +211,24 @@ def _move_aside(directory: Path) -> None:
         print(f"{directory} was there already: moved to {aside}")
 
 
-def _train_part(part: Part, configs: Mapping[str, DictConfig], number: Iterator[int]) -> DemoTable:
+def _train_all(
+    plan: DemoPlan, configs: Mapping[str, DictConfig], number: Iterator[int]
+) -> DemoTable:
     """Trains and evaluates the runs of a table, and says of each that it starts."""
     runs: dict[str, Run] = {}
     rows: list[DemoRow] = []
-    for name in part.runs:
-        say = f"[{next(number)}/{len(configs)}] {part.title}, {name}: {RUNS[name]}"
+    for name in plan.runs:
+        say = f"[{next(number)}/{len(configs)}] {plan.title}, {name}: {RUNS[name]}"
         print(f"\n{say}", flush=True)
         parent = runs["grap"].directory if name == "grap_tuned" else None
-        run = runs[name] = _train(configs[part.folder(name)], parent)
+        run = runs[name] = _train_run(configs[plan.folder(name)], parent)
         weights = median_weights(run.directory / WEIGHTS_FILE, run.model.weighting.warmup_epochs)
         rows.append(DemoRow(name, run.accuracy, _evaluate(run, run.model), weights))
     default = runs["default"].cfg
-    if part.untrained:
+    if plan.untrained:
         rows.insert(0, DemoRow("untrained", None, _evaluate_untrained(runs["default"]), None))
     return DemoTable(
-        part,
+        plan,
         rows,
         path_of_weights(runs["grap"].directory / WEIGHTS_FILE),
         images=len(load_both(default.data)[1]),
@@ -235,7 +237,7 @@ def _train_part(part: Part, configs: Mapping[str, DictConfig], number: Iterator[
     )
 
 
-def _train(cfg: DictConfig, parent: Path | None) -> Run:
+def _train_run(cfg: DictConfig, parent: Path | None) -> Run:
     return pretrain(cfg) if parent is None else retrain([parent], lambda _: cfg)
 
 
@@ -283,7 +285,7 @@ def _weight_cells(weights: Mapping[str, float] | None, terms: Sequence[str]) -> 
 
 def _draw(directory: Path) -> None:
     """Draws the weights of both GraP runs, with the default weights dashed."""
-    runs = {part.title: read_run(directory / part.folder("grap")) for part in PARTS}
+    runs = {plan.title: read_run(directory / plan.folder("grap")) for plan in PLANS}
     panels = {
         title: {
             term: [(step_epochs(run.epochs), run.weights[:, k])] for k, term in enumerate(run.terms)
@@ -298,7 +300,7 @@ def _draw(directory: Path) -> None:
 def _write_summary(tables: Sequence[DemoTable], directory: Path, seconds: float) -> None:
     records = [
         {
-            "method": table.part.folder(row.name),
+            "method": table.plan.folder(row.name),
             "online": row.online,
             "linear": row.offline.linear,
             "knn": row.offline.knn,
@@ -308,7 +310,7 @@ def _write_summary(tables: Sequence[DemoTable], directory: Path, seconds: float)
         for row in table.rows
     ]
     pd.DataFrame(records).to_csv(directory / SUMMARY_FILE, index=False, float_format="%.6g")
-    trained = ", ".join(f"{table.epochs} ({table.part.title})" for table in tables)
+    trained = ", ".join(f"{table.epochs} ({table.plan.title})" for table in tables)
     notes = (
         f"Accuracies are top-1 on digits' {tables[0].images} validation images in percent. A "
         "weight is the constant one or, of grap, the median over the run's steps; the rows of "

@@ -13,7 +13,7 @@ from helpers import SMALL, rows_of
 
 from grap_solo.cli import main
 from grap_solo.experiments import demo as module
-from grap_solo.experiments.demo import PARTS, demo, path_of_weights
+from grap_solo.experiments.demo import PLANS, demo, path_of_weights
 from grap_solo.experiments.verdicts import describe_accuracies, describe_approach
 from grap_solo.weighting import Fixed, GraP
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 ALL4ONE = {"nnclr": 0.5, "attn_nnclr": 0.5, "byol": 2.5, "barlow": 2.5}
 VICREG = {"invariance": 25, "variance": 25, "covariance": 1}
-FOLDERS = [part.folder(run) for part in PARTS for run in part.runs]
+FOLDERS = [plan.folder(run) for plan in PLANS for run in plan.runs]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_it_says_what_will_happen_and_announces_each_run(trained):
     assert first.startswith("7 trainings on scikit-learn's digits, with +data.fraction=0.2 max_ep")
     assert first.endswith("results go to runs/demo")
     announced = re.findall(r"^\[(\d)/7\] (\S+), (\w+): ", trained.printed, flags=re.MULTILINE)
-    runs = [(part.title, run) for part in PARTS for run in part.runs]
+    runs = [(plan.title, run) for plan in PLANS for run in plan.runs]
     assert announced == [(str(n), *run) for n, run in enumerate(runs, start=1)]
     folders = [each.name for each in trained.folder.iterdir() if each.is_dir()]
     assert sorted(folders) == sorted(FOLDERS)
@@ -77,13 +77,13 @@ def test_the_rows_hold_the_runs_accuracies_and_weights(trained):
 
 
 def test_the_runs_of_a_table_differ_in_the_weighting_alone(trained):
-    for part in PARTS:
-        default = config_of(trained, part.folder("default"))
+    for plan in PLANS:
+        default = config_of(trained, plan.folder("default"))
         assert default["data"]["batched"] and default["max_epochs"] == 2
         for run, rule in {"equal": {"name": "equal"}, "grap": {"name": "grap"}}.items():
-            cfg = config_of(trained, part.folder(run))
+            cfg = config_of(trained, plan.folder(run))
             assert cfg.pop("weighting") == rule  # The rule's defaults, whatever they are.
-            assert cfg == {**default, "name": cfg["name"], "method": f"grap_{part.method}"}
+            assert cfg == {**default, "name": cfg["name"], "method": f"grap_{plan.method}"}
     # The tuned run trained with the median and its parent's heads, from scratch, beside it.
     median = trained.folder / "all4one_grap" / "median_weights.yaml"
     found = yaml.safe_load(median.read_text())["weighting"]
@@ -96,10 +96,10 @@ def test_the_tables_and_sentences_are_those_of_the_figures(trained):
     summary = (trained.folder / "summary.md").read_text()
     assert summary in trained.printed
     rows = {row["method"]: row for row in rows_of(trained.folder / "summary.csv")}
-    for part, reference in zip(PARTS, (ALL4ONE, VICREG)):
-        linear = {run: float(rows[part.folder(run)]["linear"]) for run in part.runs}
+    for plan, reference in zip(PLANS, (ALL4ONE, VICREG)):
+        linear = {run: float(rows[plan.folder(run)]["linear"]) for run in plan.runs}
         assert describe_accuracies(linear, 540) in summary
-        path = path_of_weights(trained.folder / part.folder("grap") / "weights.csv")
+        path = path_of_weights(trained.folder / plan.folder("grap") / "weights.csv")
         assert describe_approach(path["first step"], path["last epoch"], reference) in summary
         for moment, weights in path.items():
             shares = [weight / sum(weights.values()) * 100 for weight in weights.values()]
