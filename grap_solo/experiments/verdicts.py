@@ -19,8 +19,8 @@ CONCLUSIONS = {
     ("below", "above"): "Learning the weights is better than not choosing them, and choosing them "
     "by hand is better still.",
     ("above", "level with"): "Equal weights do as well, so nothing shows that GraP helped.",
-    ("level with", "level with"): "The three cannot be told apart, so nothing shows that GraP "
-    "helped.",
+    ("level with", "level with"): "GraP cannot be told apart from either, so nothing shows that "
+    "it helped.",
     ("below", "level with"): "GraP did not help here.",
     ("above", "below"): "GraP did not help here: equal weights are the best of the three.",
     ("level with", "below"): "GraP did not help here.",
@@ -117,8 +117,8 @@ def describe_approach(
     else:
         verdict = "GraP came no nearer to the default weights."
     return (
-        f"Compared with the default weights, at the first step {_say_farthest(*first)}, in the "
-        f"last epoch {_say_farthest(*last)} (the pair that differs most). {verdict}"
+        "Where GraP differs most from the default weights: at the first step "
+        f"{_say_farthest(*first)}, in the last epoch {_say_farthest(*last)}. {verdict}"
     )
 
 

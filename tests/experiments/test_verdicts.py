@@ -41,7 +41,7 @@ ACCURACIES = {
     "as good as by hand": (95, 95, 80, "level with", "above", "did as well as choosing them by"),
     "between": (90, 97, 80, "below", "above", "choosing them by hand is better still"),
     "as good as equal": (95, 80, 95, "above", "level with", "nothing shows that GraP helped"),
-    "alike": (96, 96.5, 97, "level with", "level with", "nothing shows that GraP helped"),
+    "alike": (96, 96.5, 97, "level with", "level with", "nothing shows that it helped"),
     "worse than by hand": (80, 95, 80, "below", "level with", "GraP did not help here."),
     "worse than equal": (90, 80, 97, "above", "below", "did not help here: equal weights are the"),
     "no better": (90, 90, 97, "level with", "below", "GraP did not help here."),
