@@ -1,4 +1,4 @@
-# make demo   train default, grap and grap_tuned on scikit-learn's digits
+# make demo   train with hand-tuned, equal and learned weights on scikit-learn's digits
 # make test   run the test suite; the quick part: make test PYTEST_ARGS='-m "not slow"'
 # make check  format, lint, types and the import contract
 PYTHON ?= python3

@@ -275,8 +275,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     add(
         "demo",
-        "train default, grap and grap_tuned on scikit-learn's digits, into runs/demo",
+        "train All4One and VICReg on scikit-learn's digits, with default, equal and learned "
+        "weights, into runs/demo",
         "grap-solo demo",
+        "changes a key of the configuration of all runs",
+        usage="[key=value ...]",
     )
     script = add(
         "run",

@@ -221,7 +221,7 @@ def _bench(given: argparse.Namespace) -> None:
 def _demo(given: argparse.Namespace) -> None:
     from grap_solo.experiments.demo import demo
 
-    demo(Path("runs/demo"))
+    demo(Path("runs/demo"), given.overrides)
 
 
 def _run_script(given: argparse.Namespace) -> None:

@@ -22,7 +22,10 @@ def steps():
     return [(step + 1, step // PER_EPOCH) for step in range(EPOCHS * PER_EPOCH)]
 
 
-def write_run(folder, weights, *, seed=0, cosine=None, method=None, linear=None, dataset="digits"):
+def write_run(
+    folder, weights, *, seed=0, cosine=None, method=None, linear=None, dataset="digits",
+    validations=None,
+):  # fmt: skip
     """Writes a run with constant weights.
 
     Args:
@@ -34,6 +37,8 @@ def write_run(folder, weights, *, seed=0, cosine=None, method=None, linear=None,
         method: the method in ``result.json``.
         linear: the linear probe's accuracy; without it there is no ``result.json``.
         dataset: the data set in ``config.yaml``.
+        validations: RankMe and the spread after each epoch; without them there is no
+            ``metrics.csv``.
     """
     folder.mkdir(parents=True)
     config = {
@@ -56,6 +61,13 @@ def write_run(folder, weights, *, seed=0, cosine=None, method=None, linear=None,
             values = [math.nan if skipped else cosine] * len(names)
             rows.append([*each, *values, "unlabelled" if skipped else ""])
         write_csv(folder / "diagnostics.csv", ["step", "epoch", *names, "skipped"], rows)
+    if validations is not None:
+        rows = []
+        for epoch, measures in enumerate(validations):
+            last = PER_EPOCH * (epoch + 1) - 1
+            rows += [[0.5, epoch, last, "", ""], ["", epoch, last, *measures]]
+        header = ["alignment", "epoch", "step", "val_rankme", "val_spread"]
+        write_csv(folder / "metrics.csv", header, rows)
     if linear is not None:
         result = {
             "method": method,

@@ -21,6 +21,7 @@ from grap_solo import balance, build_weighting
 from grap_solo.balance import HeldOut, SharedHead
 from grap_solo.data import evaluation_loader, load_images
 from grap_solo.data.sampling import ShareSampler
+from grap_solo.evaluation.moments import EmbeddingMoments
 from grap_solo.methods import GrapAll4One
 from grap_solo.training.run import pretrain
 from grap_solo.weighting import WEIGHTINGS
@@ -115,8 +116,17 @@ def process(path):
         dist.all_reduce(gradient)  # As DDP averages.
         found[rule] = (weights, gradient / 2)
     found["numbers"], found["finite"] = traffic(rank)
+    found["moments"] = moments(slice(None, 7) if rank == 0 else slice(7, None))
     torch.save(found, f"{path}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def moments(part):
+    """RankMe and the spread of 11 embeddings, of which this process has a part."""
+    embeddings = torch.randn(11, 16, generator=torch.Generator().manual_seed(0))
+    found = EmbeddingMoments()
+    found.update(embeddings[part])
+    return found.compute()
 
 
 def traffic(rank):
@@ -173,6 +183,14 @@ def test_two_processes_equal_one_on_the_joined_batch(rule, both):
 def test_a_step_shares_one_small_all_reduce(both):
     """K*K + K numbers, the downstream norm, and whether all is finite; without gradients that."""
     assert [found["numbers"] for found in both] == [[2 * 2 + 2 + 2, 1]] * 2
+
+
+def test_rank_and_spread_are_those_of_both_processes_embeddings(both):
+    """Unequal parts, of fewer embeddings together than dimensions."""
+    expected = moments(slice(None))
+    for found in both:
+        assert found["moments"] == pytest.approx(expected, rel=1e-9)
+        assert found["moments"] != pytest.approx(moments(slice(None, 7)), rel=0.1)
 
 
 def test_what_is_not_finite_in_one_process_is_known_to_both(both):

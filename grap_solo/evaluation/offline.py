@@ -17,6 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from grap_solo.evaluation.moments import effective_rank
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -86,11 +88,8 @@ def evaluate(
 
 
 def rankme(embeddings: np.ndarray) -> float:
-    """The effective rank of embeddings, between 1 and min(N, D) (Garrido et al. 2023, arXiv
-    2210.02885, Eq. 1 and 2).
-
-    It is ``exp(-sum_k p_k log p_k)`` with ``p_k = s_k / sum_j s_j + 1e-7``, where ``s`` are the
-    singular values.
+    """The effective rank of embeddings: see
+    :func:`~grap_solo.evaluation.moments.effective_rank`.
 
     Args:
         embeddings: (N, D). Of more than 25,600, as many are drawn with a fixed seed.
@@ -98,6 +97,4 @@ def rankme(embeddings: np.ndarray) -> float:
     if len(embeddings) > 25_600:
         drawn = np.random.default_rng(0).choice(len(embeddings), 25_600, replace=False)
         embeddings = embeddings[drawn]
-    values = np.linalg.svd(embeddings.astype(np.float64), compute_uv=False)
-    shares = values / values.sum() + 1e-7
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+    return effective_rank(np.linalg.svd(embeddings.astype(np.float64), compute_uv=False))

@@ -37,6 +37,7 @@ from grap_solo.records.files import (
     read_json,
     write_json,
 )
+from grap_solo.records.runs import read_run
 from grap_solo.records.weights import median_weights
 from grap_solo.report.page import report
 from grap_solo.report.tables import BASELINE, table_of_methods, table_of_runs, write_summary
@@ -94,7 +95,7 @@ def compare(
         results = [result_of(cell) for cell in cells]
         runs = table_of_runs(results)
         rows = list(dict.fromkeys(methods))
-        notes = _table_notes(cells, runs)
+        notes = "\n\n".join([_table_notes(cells, runs), *_say_collapsed(cells)])
         costs = read_json(directory / COST_FILE) or {}
         # Once before the measurement of costs, which may fail.
         write_summary(directory, runs, table_of_methods(runs, rows, costs), notes)
@@ -342,6 +343,17 @@ def _prepared(cell: Cell) -> DictConfig:
     cfg = prepare(source)
     cfg.data.num_classes = resolve_num_classes(cfg.data, load_images(cfg.data, train=False))
     return cfg
+
+
+def _say_collapsed(cells: Sequence[Cell]) -> list[str]:
+    """Says which of the finished runs have collapsed, and which term's weight fell in each."""
+    done = [cell for cell in cells if (cell.directory / RESULT_FILE).exists()]
+    found = [(cell, read_run(cell.directory).collapse) for cell in done]
+    return [
+        f"{cell.method}, seed {cell.seed}: {collapse.describe()}."
+        for cell, collapse in found
+        if collapse is not None
+    ]
 
 
 def _table_notes(cells: Sequence[Cell], runs: Any) -> str:

@@ -1,4 +1,5 @@
-"""The online evaluations of a method: the online probe and k-NN, in training and validation."""
+"""The online evaluations of a method: the online probe and k-NN, in training and validation, and in
+validation whether the embeddings collapse."""
 
 from __future__ import annotations
 
@@ -9,13 +10,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from grap_solo.distributed import mean_over_ranks
+from grap_solo.evaluation.moments import EmbeddingMoments
 from grap_solo.evaluation.online import WeightedKNNClassifier, top1_and_top5
 from grap_solo.methods.losses import probe_loss
+from grap_solo.records.collapse import RANKME, SPREAD
 from grap_solo.solo import BaseMethod, BaseMomentumMethod
 
 
 class ProbedMethod(BaseMethod):
     """A method with online evaluations that ignore labels of -1 and count every image once.
+
+    Each validation also measures the embeddings' RankMe and spread, see
+    :class:`~grap_solo.evaluation.moments.EmbeddingMoments`.
 
     Args:
         cfg: solo-learn's configuration.
@@ -31,6 +37,7 @@ class ProbedMethod(BaseMethod):
             block = self.cfg.knn_eval
             self.knn = WeightedKNNClassifier(k=block.k, distance_fx=block.distance_func)
         self.validated: list[Tensor] = []
+        self.moments = EmbeddingMoments()
 
     def base_training_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Returns ``feats`` (B, D) of one view and the probe's metrics. Runs no heads."""
@@ -50,6 +57,8 @@ class ProbedMethod(BaseMethod):
         images, labels = batch
         out = self.base_training_step(images, labels)
         metrics = {f"val_{key}": out[key] for key in ("loss", "acc1", "acc5")}
+        if not self.trainer.sanity_checking:
+            self.moments.update(out["feats"])
         if self.knn_eval and not self.trainer.sanity_checking:
             self.knn.update(test_features=out["feats"].detach(), test_targets=labels)
         if getattr(self, "momentum_classifier", None) is not None:
@@ -69,6 +78,8 @@ class ProbedMethod(BaseMethod):
         if self.knn_eval and not self.trainer.sanity_checking:
             acc1, acc5 = self.knn.compute()
             found |= {"val_knn_acc1": acc1, "val_knn_acc5": acc5}
+        if not self.trainer.sanity_checking:
+            found[RANKME], found[SPREAD] = self.moments.compute()
         self.log_dict(found, sync_dist=True)
 
 

@@ -15,7 +15,7 @@ from grap_solo.diagnostics import diagnose, diagnostic_names, parameter_space_co
 from grap_solo.evaluation.online import top1_and_top5
 from grap_solo.methods.losses import Projections, Views
 from grap_solo.methods.probed import ProbedMethod
-from grap_solo.records.trajectory import TrajectoryRecorder
+from grap_solo.records.trajectory import CollapseWatch, TrajectoryRecorder
 from grap_solo.weighting import CAUSES, Weighting
 
 
@@ -51,8 +51,10 @@ class RecordedMethod(ProbedMethod):
     term_metrics: ClassVar[Mapping[str, str]]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds the recorder of the effective weights, for solo-learn's scripts too."""
-        return [TrajectoryRecorder()]
+        """Adds the recorder of the effective weights and the watch for a collapse, for solo-learn's
+        scripts too."""
+        recorder = TrajectoryRecorder()
+        return [recorder, CollapseWatch(recorder)]
 
     def _diagnose(self, step: Step, feats: Views, held_out: HeldOut | None) -> dict[str, Tensor]:
         """Computes the cosines and norms of the step's gradients for the recorder, by name.

@@ -13,15 +13,22 @@ import numpy as np
 import yaml
 
 from grap_solo.errors import ConfigError
+from grap_solo.records.collapse import (
+    Collapse,
+    Validations,
+    find_collapse,
+    read_validations,
+)
 from grap_solo.records.files import (
     CONFIG_FILE,
     DIAGNOSTICS_FILE,
+    METRICS_FILE,
     RESULT_FILE,
     TERMS_FILE,
     WEIGHTS_FILE,
     read_text,
 )
-from grap_solo.records.tables import read_steps
+from grap_solo.records.tables import check_ascending, read_steps
 from grap_solo.records.weights import read_weights
 
 MEASURES = {
@@ -63,6 +70,8 @@ class RunFiles:
         epochs: the epoch of each step, (N,).
         weights: the effective weights, (N, K).
         diagnostics: the recorded diagnostics; None without any.
+        validations: RankMe and the spread at each validation; None without any.
+        collapse: when the embeddings collapsed; None if they did not.
         result: the content of ``result.json``; empty without the file.
     """
 
@@ -76,6 +85,8 @@ class RunFiles:
     epochs: np.ndarray
     weights: np.ndarray
     diagnostics: Diagnostics | None
+    validations: Validations | None
+    collapse: Collapse | None
     result: dict[str, Any]
 
     def setting(self) -> tuple[str, str, str]:
@@ -127,7 +138,7 @@ def _read_weights(path: Path) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     if path.is_file():
         terms, steps, weights = read_weights(path, allow_no_rows=True)
         if len(weights):
-            return tuple(terms), _ascending(path, steps[:, 1]), weights
+            return tuple(terms), check_ascending(path, steps[:, 1]), weights
     return (), np.zeros(0, dtype=int), np.zeros((0, 0))
 
 
@@ -138,15 +149,7 @@ def _read_diagnostics(path: Path) -> Diagnostics | None:
     if not len(steps):
         return None
     columns = dict(zip(names, numbers.T, strict=True))
-    return Diagnostics(_ascending(path, steps[:, 1]), columns, skipped)
-
-
-def _ascending(path: Path, epochs: np.ndarray) -> np.ndarray:
-    if epochs[0] < 0 or (np.diff(epochs) < 0).any():
-        raise ConfigError(
-            f"{path}: damaged: its epochs do not ascend: remove the rows out of order"
-        )
-    return epochs
+    return Diagnostics(check_ascending(path, steps[:, 1]), columns, skipped)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -203,6 +206,7 @@ def read_run(folder: Path) -> RunFiles:
     method, seed = found.groups() if found else (name, None)
     seed = str(result.get("seed", config.get("seed", seed)))
     terms, epochs, weights = _read_weights(folder / WEIGHTS_FILE)
+    validations = read_validations(folder / METRICS_FILE)
     rule, reference = _read_terms(folder / TERMS_FILE)
     block = config.get("weighting")
     if not rule and isinstance(block, dict):  # An older run has no terms.yaml.
@@ -218,5 +222,7 @@ def read_run(folder: Path) -> RunFiles:
         epochs=epochs,
         weights=weights,
         diagnostics=_read_diagnostics(folder / DIAGNOSTICS_FILE),
+        validations=validations,
+        collapse=find_collapse(validations, terms, epochs, weights),
         result=result,
     )

@@ -146,3 +146,16 @@ def _check_rows(path: Path, numbers: list[int], missing: list[str]) -> list[list
                     "remove that row"
                 )
     return checked
+
+
+def check_ascending(path: Path, epochs: np.ndarray) -> np.ndarray:
+    """Returns the epochs of a file's rows, (N,).
+
+    Raises:
+        ConfigError: they do not ascend from 0 or more.
+    """
+    if epochs[0] < 0 or (np.diff(epochs) < 0).any():
+        raise ConfigError(
+            f"{path}: damaged: its epochs do not ascend: remove the rows out of order"
+        )
+    return epochs

@@ -1,4 +1,5 @@
-"""Records the effective weights and the diagnostics of a run, step by step."""
+"""Records the effective weights and the diagnostics of a run, step by step, and warns of a
+collapse."""
 
 from __future__ import annotations
 
@@ -6,16 +7,19 @@ import contextlib
 import csv
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from grap_solo.errors import ConfigError
+from grap_solo.records.collapse import RANKME, SPREAD, Validations, find_collapse
 from grap_solo.records.files import (
     DIAGNOSTICS_FILE,
     TERMS_FILE,
@@ -23,7 +27,7 @@ from grap_solo.records.files import (
     read_text,
     whole_file,
 )
-from grap_solo.records.weights import write_median
+from grap_solo.records.weights import read_weights, write_median
 from grap_solo.weighting import CAUSES
 
 
@@ -142,6 +146,46 @@ class TrajectoryRecorder(Callback):
             self.weights.flush()
         if self.diagnostics is not None:
             self.diagnostics.flush(last=CAUSES)
+
+
+class CollapseWatch(Callback):
+    """Warns once in a run, at the end of the epoch in which its embeddings collapsed, and names the
+    term whose weight fell. See :meth:`~grap_solo.records.collapse.Validations.collapsed_at`.
+
+    Args:
+        recorder: the recorder of the run's weights, which comes before this callback.
+    """
+
+    def __init__(self, recorder: TrajectoryRecorder) -> None:
+        self.recorder = recorder
+        self.rows: list[list[float]] = []  # Epoch, RankMe and spread of each validation.
+        self.said = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": list(self.rows), "said": self.said}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.said = list(state_dict["rows"]), state_dict["said"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics  # All ranks: reading it may communicate.
+        if not trainer.sanity_checking and RANKME in metrics:
+            found = metrics[RANKME].item(), metrics[SPREAD].item()
+            self.rows.append([trainer.current_epoch, *found])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        record = self.recorder.weights  # The first rank's alone.
+        if self.said or record is None or not self.rows:
+            return
+        epochs, rankme, spread = np.array(self.rows).T
+        validations = Validations(epochs.astype(int), rankme, spread)
+        if validations.collapsed_at() is None:
+            return
+        self.said = True
+        terms, steps, weights = read_weights(record.path, allow_no_rows=True)
+        found = find_collapse(validations, terms, steps[:, 1], weights)
+        if found is not None:
+            warnings.warn(f"{pl_module.cfg.name}: {found.describe()}", stacklevel=2)
 
 
 def write_terms(path: Path, pl_module: Any) -> None:

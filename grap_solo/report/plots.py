@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from grap_solo.records.weights import after_warmup, format_weight, median_of_rows, read_weights
 from grap_solo.report.curves import (
+    Series,
     last_epoch_median,
     mean_and_std,
     mean_curve,
@@ -210,6 +211,51 @@ def plot_alignment(
     if len(panels) > 1:
         handles.append(Line2D([], [], color=PALE, linewidth=1.4, label="that of the other methods"))
     add_legend(figure, handles, "epoch", "cosine with the downstream gradient")
+    _save(figure, target)
+
+
+def plot_collapse(
+    measures: Mapping[str, Mapping[str, Sequence[Series]]],
+    target: str | os.PathLike[str],
+    colors: Mapping[str, str],
+    limits: Mapping[str, float],
+    crosses: Mapping[str, Sequence[tuple[str, float, float]]],
+) -> None:
+    """Draws the measures of collapse over the epochs, one panel for each.
+
+    A method's line is the mean over its runs. Its band is one standard deviation.
+
+    Args:
+        measures: by measure and by method, the series of each run.
+        target: the PNG file to write.
+        colors: each method's colour.
+        limits: each measure's value below which a run collapses, drawn dashed.
+        crosses: by measure, a method with the epoch and the value at which a run had collapsed.
+    """
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    grid = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axes, (measure, methods) in zip(grid, measures.items(), strict=True):
+        axes.axhline(limits[measure], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1.5)
+        for method, runs in methods.items():
+            curve = mean_curve(runs)
+            curve.draw_band(axes, colors[method])
+            curve.draw(axes, colors[method], 1.7)
+            if len(curve.epochs) == 1:  # A line of one point is invisible.
+                axes.plot(curve.epochs, curve.mean, "o", color=colors[method], markersize=4)
+        for method, epoch, value in crosses[measure]:
+            axes.plot(epoch, value, "X", color=colors[method], markersize=9, markeredgecolor=DARK)
+        axes.set_ylabel(measure, fontsize=9, color=DARK)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
+        axes.set_axisbelow(True)
+        tidy(axes)
+    drawn = dict.fromkeys(method for methods in measures.values() for method in methods)
+    handles = [Line2D([], [], color=colors[each], linewidth=2, label=each) for each in drawn]
+    if any(crosses.values()):
+        cross: dict[str, Any] = {"color": "white", "markeredgecolor": DARK, "linestyle": "none"}
+        handles.append(Line2D([], [], **cross, marker="X", label="a run collapsed"))
+    add_legend(figure, handles, "epoch", "")
     _save(figure, target)
 
 

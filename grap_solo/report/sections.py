@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from grap_solo.records.files import DIAGNOSTICS_FILE, PICTURE_FILE, WEIGHTS_FILE
-from grap_solo.records.runs import MEASURES
+from grap_solo.records.collapse import LEAST_PART, LEAST_RANKME, LEAST_SPREAD, RANKME, Validations
+from grap_solo.records.files import DIAGNOSTICS_FILE, METRICS_FILE, PICTURE_FILE, WEIGHTS_FILE
+from grap_solo.records.runs import MEASURES, RunFiles
 from grap_solo.report.curves import Series, step_epochs
 from grap_solo.report.groups import Group, Summary, folder_names, to_float
 from grap_solo.report.plots import (
     COMPOSITE,
     plot_accuracy_cost,
     plot_alignment,
+    plot_collapse,
     plot_gramians,
     plot_weight_panels,
+    term_colors,
 )
 from grap_solo.report.point_names import Point
 
@@ -39,7 +42,8 @@ class Table:
 
 @dataclass
 class Section:
-    """A section of the page: a picture or tables, their caption, and notes on what is missing."""
+    """A section of the page: a picture or tables, their caption, notes on what is missing, and
+    alerts, which come first."""
 
     key: str
     title: str
@@ -47,6 +51,7 @@ class Section:
     picture: Path | None = None
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
 
 
 def weights_section(groups: Sequence[Group], colors: dict[str, str], output: Path) -> Section:
@@ -166,6 +171,48 @@ def _gramian(group: Group) -> np.ndarray:
             values = values[np.isfinite(values)]
             matrix[i, j] = matrix[j, i] = values.mean() if len(values) else np.nan
     return matrix
+
+
+def collapse_section(groups: Sequence[Group], output: Path) -> Section:
+    section = Section("collapse", "Rank and spread of the embeddings")
+    runs: dict[str, list[tuple[RunFiles, Validations]]] = {}
+    for group in groups:
+        known = [(run, run.validations) for run in group.runs if run.validations is not None]
+        if known:
+            runs[group.label] = known
+    if not runs:
+        section.notes.append(f"Left out: no run has {RANKME} in its {METRICS_FILE}.")
+        return section
+    limits = {"RankMe": LEAST_RANKME, "spread": LEAST_SPREAD}
+    measures: dict[str, dict[str, list[Series]]] = {measure: {} for measure in limits}
+    crosses: dict[str, list[tuple[str, float, float]]] = {measure: [] for measure in limits}
+    for label, each in runs.items():
+        for run, found in each:
+            epochs, values = step_epochs(found.epochs), {"RankMe": found.rankme}
+            values["spread"] = found.spread
+            for measure in limits:
+                measures[measure].setdefault(label, []).append((epochs, values[measure]))
+            if run.collapse is not None:
+                at = run.collapse.validation
+                for measure in limits:
+                    crosses[measure].append((label, epochs[at], values[measure][at]))
+                section.alerts.append(f"{_run_name(label, run)}: {run.collapse.describe()}.")
+    section.picture = output / "collapse.png"
+    plot_collapse(measures, section.picture, term_colors(list(runs)), limits, crosses)
+    section.caption = (
+        "The effective rank of the validation embeddings (RankMe), and the standard deviation of "
+        "the normalised embeddings' features times the square root of their number (spread: near "
+        "1 if the embeddings point in all directions alike, 0 if they are all the same), at each "
+        f"validation{_over_runs(groups)}. A run has collapsed when, at two validations in a row, "
+        "either is below its dashed line, or RankMe below "
+        f"{LEAST_PART:g} of the largest value that the run had."
+    )
+    section.notes += _absent(groups, runs, "No rank")
+    return section
+
+
+def _run_name(label: str, run: RunFiles) -> str:
+    return label if run.seed is None else f"{label}, seed {run.seed}"
 
 
 def accuracy_section(summaries: Sequence[Summary], output: Path) -> Section:

@@ -25,7 +25,7 @@ WIDEST = 20.0
 exp(40) between two weights."""
 
 
-class Start(NamedTuple):
+class BalancedStart(NamedTuple):
     """Where ``start: balanced`` lets the weights start.
 
     Attributes:
@@ -204,7 +204,7 @@ class GraP(Weighting):
             return raw.clamp(min=-WIDEST)
         return raw if self.parametrization == "abs" else raw.clamp(min=0)
 
-    def _start(self, statistics: Statistics) -> Start:
+    def _start(self, statistics: Statistics) -> BalancedStart:
         """The start that ``start: balanced`` gives the weights, as far as it is known.
 
         The first steps' own norms count at once, so that nothing depends on the losses' units."""
@@ -216,8 +216,8 @@ class GraP(Weighting):
             norms = torch.where(mean.isfinite().all() & mean.any(), mean, norms)
         there = norms > LEAST_NORM * norms.max()
         logs = torch.where(there, norms, 1).log()
-        mean = (logs * there).sum() / there.sum().clamp(min=1)
-        return Start(torch.where(there, mean - logs, 0).exp(), norms)
+        center = (logs * there).sum() / there.sum().clamp(min=1)
+        return BalancedStart(torch.where(there, center - logs, 0).exp(), norms)
 
     def scale_gramian(self, statistics: Statistics) -> Tensor:
         assert statistics.gramian is not None
@@ -253,7 +253,7 @@ class GraP(Weighting):
         return gramian, products, state
 
     @torch.no_grad()
-    def _update(self, raw: Tensor, start: Start | None, statistics: Statistics) -> None:
+    def _update(self, raw: Tensor, start: BalancedStart | None, statistics: Statistics) -> None:
         """Takes one ascent step on the objective. The class says which steps are left out.
 
         Args:

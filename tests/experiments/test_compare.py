@@ -1,6 +1,7 @@
 """Comparisons: killed and started again, failing runs, the table's statistics, bad input."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -136,6 +137,16 @@ def test_a_failed_run_is_a_row_that_says_why_and_is_tried_again(tmp_path, monkey
     assert (runs["reason"] == "").all() and "failed run" not in (
         directory / "summary.md"
     ).read_text()
+
+
+def test_a_collapsed_run_is_named_below_the_table(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "grid")
+    rows = "epoch,val_rankme,val_spread\n0,40,0.6\n1,1.5,0.01\n2,1.2,0.01\n"
+    (tmp_path / "grid" / "fixed-seed1" / "metrics.csv").write_text(rows)
+    directory = compare(configuration(tmp_path), METHODS, [1, 2])
+    text = (directory / "summary.md").read_text()
+    assert "\n\nfixed, seed 1: the representation collapsed within 3 epochs" in text
+    assert text.count("collapsed") == 1 and "collapsed" not in whole[1]
 
 
 def test_a_comparison_in_which_all_fails_is_a_table_too(tmp_path, monkeypatch):

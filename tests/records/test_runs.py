@@ -10,6 +10,7 @@ from grap_solo.errors import ConfigError
 from grap_solo.records.runs import find_runs, read_run
 
 WEIGHTS = "step,epoch,a,b\n1,0,1,2\n2,0,1,2\n"
+VALIDATIONS = "epoch,val_rankme,val_spread\n1,9,0.5\n"
 
 
 def test_everything_in_a_run_folder_is_read(tmp_path):
@@ -76,6 +77,9 @@ def test_a_cause_with_a_comma_is_read(tmp_path):
         ("diagnostics.csv", "step,epoch,alignment,skipped\n1,0,high,\n", "not numeric"),
         ("diagnostics.csv", "alignment\n1\n", "expected 'step,epoch'"),
         ("diagnostics.csv", "step,epoch,a\n1,1,1\n2,0,1\n", "its epochs do not ascend"),
+        ("metrics.csv", VALIDATIONS + "1,x,0.5\n", "val_rankme is 'x', not a number"),
+        ("metrics.csv", VALIDATIONS + "1.5,9,0.5\n", "epoch is '1.5', not a number"),
+        ("metrics.csv", VALIDATIONS + "0,9,0.5\n", "its epochs do not ascend"),
         ("config.yaml", "a: [", "expected keys and values"),
         ("terms.yaml", "- a", "expected keys and values"),
         ("terms.yaml", "reference_weights: {a: x}", "holds no weight for each term"),

@@ -11,14 +11,22 @@ from run_folders import FOUR, THREE, steps, write_csv, write_run
 from grap_solo.errors import ConfigError
 from grap_solo.report.page import report
 
-PICTURES = ["weights.png", "alignment.png", "gramian.png", "accuracy_cost.png"]
+PICTURES = ["weights.png", "alignment.png", "gramian.png", "collapse.png", "accuracy_cost.png"]
+SOUND = [(40, 0.6), (45, 0.7), (44, 0.7)]  # RankMe and spread.
 
 
 def write_comparison(folder):
     """Two seeds each of fixed weights and of two methods that learn, one with three terms."""
     for seed in (0, 1):
         fixed = dict(zip(FOUR, (0.5, 0.5, 2.5, 2.5)))
-        write_run(folder / f"fixed-seed{seed}", fixed, seed=seed, method="fixed", linear=97.0)
+        write_run(
+            folder / f"fixed-seed{seed}",
+            fixed,
+            seed=seed,
+            method="fixed",
+            linear=97.0,
+            validations=SOUND,
+        )
         learned = dict(zip(FOUR, (0.2 + seed, 0.0, 8.0, 1.0)))
         write_run(
             folder / f"grap-seed{seed}",
@@ -27,6 +35,9 @@ def write_comparison(folder):
             cosine=0.2 + 0.2 * seed,
             method="grap",
             linear=96.0 + 2 * seed,
+            validations=[(40, 0.6), (45, 0.7), (44, 0.7)]
+            if seed
+            else [(40, 0.6), (9, 0.09), (1, 0)],
         )
         joined = dict(zip(THREE, (0.6, 0.5, 4.0)))
         write_run(folder / f"joined-seed{seed}", joined, seed=seed, cosine=-0.5)
@@ -86,7 +97,7 @@ def written(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports without pictures, which take most of the time."""
-    for name in ("weight_panels", "alignment", "gramians", "accuracy_cost"):
+    for name in ("weight_panels", "alignment", "gramians", "collapse", "accuracy_cost"):
         monkeypatch.setattr(
             f"grap_solo.report.sections.plot_{name}",
             lambda _, target, *more: target.write_bytes(bytes(24)),
@@ -106,7 +117,8 @@ def test_it_writes_the_pictures_and_one_page_and_prints_their_names(tmp_path, ca
     assert ["grap", "fixed", "digits", "3", ", ".join(FOUR), "1", "3"] in page.rows
     for left_out in ("Alignment", "Cosines between", "Accuracy and cost", "Skipped steps"):
         assert left_out in page.text
-    assert page.text.count("Left out:") == 4
+    assert page.text.count("Left out:") == 5
+    assert "Left out: no run has val_rankme in its metrics.csv." in page.text
     assert "standard deviation" not in page.text  # There is one run: nothing has a deviation.
 
 
@@ -155,6 +167,20 @@ def test_skipped_steps_are_counted_by_cause(written):
     assert ["method", "steps", "skipped", "unlabelled"] in page.rows
     assert ["grap", "24", "8.3 % (2)", "8.3 % (2)"] in page.rows
     assert "No steps recorded: fixed." in page.text
+
+
+def test_a_collapsed_run_is_named_and_the_others_are_not(written):
+    _, page = written
+    said = [part.split(";")[0] for part in page.text.split("the representation")[1:]]
+    assert said == [" collapsed within 3 epochs (RankMe 1.0, spread 0.00)"]
+    assert "grap, seed 0: the representation" in page.text
+    assert "No rank recorded: joined." in page.text
+
+
+def test_a_run_of_one_validation_is_drawn(tmp_path):
+    write_run(tmp_path / "run", {"a": 1.0, "b": 1.0}, validations=[(40, 0.6)])
+    files = report([tmp_path / "run"], tmp_path / "out")
+    assert "collapse.png" in [file.name for file in files]
 
 
 def test_names_from_files_stay_text(tmp_path, undrawn):

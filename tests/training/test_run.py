@@ -1,8 +1,6 @@
-"""Whole runs on the digits: the demo, the files of a run, retraining, and the command line."""
+"""Whole runs on the digits: the files of a run, retraining, and the command line."""
 
-import csv
 import json
-import re
 import runpy
 import subprocess
 import sys
@@ -17,7 +15,6 @@ from omegaconf import OmegaConf
 from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.compose import compose
-from grap_solo.experiments.demo import demo
 from grap_solo.experiments.retrain import retrain
 from grap_solo.methods import GrapAll4One
 from grap_solo.records.weights import median_weights, read_weights
@@ -33,58 +30,6 @@ def grap(tmp_path_factory):
     """One small GraP run, for the tests that only read it."""
     changes = ["knn_eval.enabled=true", "log_every_n_steps=1"]
     return pretrain(digits(tmp_path_factory.mktemp("runs"), *changes))
-
-
-def test_the_demo_for_two_epochs(tmp_path, capfd):
-    directory = tmp_path / "demo"
-    rows = demo(directory, SMALL)
-    printed = capfd.readouterr()
-    assert [row.method for row in rows] == [
-        "untrained",
-        "default",
-        "grap",
-        "grap_tuned",
-    ]
-    for row in rows:
-        assert 10 < row.offline.linear <= 100 and 10 < row.offline.knn <= 100
-    assert rows[0].online is None and all(0 < row.online <= 100 for row in rows[1:])
-    assert rows[1].weights == {
-        "nnclr": 0.5,
-        "attn_nnclr": 0.5,
-        "byol": 2.5,
-        "barlow": 2.5,
-    }
-    assert rows[2].weights == rows[3].weights != rows[1].weights
-
-    summary = (directory / "summary.md").read_text()
-    assert "grap_tuned" in summary and summary.split("\n\n")[0] in printed.out
-    table = list(csv.reader((directory / "summary.csv").open()))
-    assert len(table) == 5 and table[0][4:] == ["nnclr", "attn_nnclr", "byol", "barlow"]
-    for name in (
-        "summary.md",
-        "summary.csv",
-        "grap/weights.png",
-        "grap/median_weights.yaml",
-    ):
-        assert (directory / name).stat().st_size > 0
-        assert str(directory / name) in printed.out
-    # The bar shows epoch, weights and the probe.
-    assert re.search(r"Epoch 1.*nnclr=\d.*attn_nnclr=\d.*byol=\d.*barlow=\d.*probe=\d", printed.out)
-    # The tuned run trained with the median and its parent's heads, from scratch, beside it.
-    tuned = yaml.safe_load((directory / "grap_tuned" / "config.yaml").read_text())
-    found = yaml.safe_load((directory / "grap" / "median_weights.yaml").read_text())
-    assert tuned["weighting"] == {**found["weighting"], "heads": "unweighted"}
-
-
-def test_a_demo_that_is_there_is_moved_aside(tmp_path, monkeypatch):
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "mine.txt").write_text("kept")
-    monkeypatch.setattr(
-        "grap_solo.experiments.demo.pretrain", lambda cfg: (_ for _ in ()).throw(EOFError)
-    )
-    with pytest.raises(EOFError):
-        demo(tmp_path / "demo")
-    assert (tmp_path / "demo.1" / "mine.txt").read_text() == "kept"
 
 
 def test_what_a_run_leaves_behind(grap):
