@@ -33,6 +33,9 @@ CARD_FILE = "README.md"
 TRAINING_FILE = "training.yaml"
 """A copy of the run's ``config.yaml``, from which the card's command trains it again."""
 
+OF_ONE_MACHINE = ("checkpoint", "wandb")
+"""Blocks of a configuration that mean nothing to others: they are left out of the copy."""
+
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 FROM_TIMM = ("first_conv", "classifier", "fixed_input_size", "min_input_size")
@@ -83,7 +86,8 @@ def export(run: Path, form: str | None = None, to: Path | None = None) -> Path:
     else:
         _write_weights(state, folder, form)
         _check_round_trip(backbone, folder, form, config)
-    OmegaConf.save(saved, folder / TRAINING_FILE)
+    own = {key: value for key, value in saved.items() if key not in OF_ONE_MACHINE}
+    OmegaConf.save(OmegaConf.create(own), folder / TRAINING_FILE)
     with whole_file(folder / CARD_FILE) as file:
         file.write(model_card(directory, saved, checkpoint, config, form))
     print(f"{form}: {name} of {checkpoint} in {folder}")

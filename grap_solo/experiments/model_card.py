@@ -66,7 +66,7 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {run.resolve().name}",
-        f"{saved.backbone.name}, pretrained without labels on {saved.data.dataset} with "
+        f"{saved.backbone.name}, pretrained on {saved.data.dataset} with "
         f"{saved.method} (weighting rule: {rule}) for {saved.max_epochs} epochs, seed "
         f"{saved.get('seed', 5)}. The weights are those of `{checkpoint.name}`. The model computes "
         f"embeddings of {config['num_features']} numbers.",
@@ -78,8 +78,8 @@ def model_card(
         "## Metrics",
         _metrics(run),
         "## Training",
-        "`training.yaml` is the run's configuration. This command trains it again, with the paths "
-        "of the images in it:",
+        "`training.yaml` is the run's configuration. With the paths of your images in it, "
+        "this command trains it again:",
         "```sh\ngrap-solo pretrain --config-path FOLDER --config-name training name=again\n```",
         "Exported with "
         + ", ".join(

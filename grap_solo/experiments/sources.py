@@ -141,18 +141,17 @@ def open_source(
     path = Path(name)
     run = None if name.startswith(HUB) or backbone is not None else find_run(path)
     if run is not None:
-        folder, checkpoint = run
-        saved = read_config(folder / CONFIG_FILE)
-        model, model_name = load_run_backbone(saved, checkpoint), saved.backbone.name
-        cfg, seen, file = load(folder / CONFIG_FILE), saved.data.dataset, checkpoint
+        saved = read_config(run[0] / CONFIG_FILE)
+        model, model_name = load_run_backbone(saved, run[1]), saved.backbone.name
+        cfg, seen = load(run[0] / CONFIG_FILE), saved.data.dataset
     else:
-        folder = None
         model, model_name, small = _open_plain(name, path, backbone)
         cfg = _compose_plain(model_name, _own_transform(model, small), load)
-        seen, file = SMALL_STEM if small else "custom", None if name.startswith(HUB) else path
+        seen = SMALL_STEM if small else "custom"
     OmegaConf.set_struct(cfg, False)
     _set_images(cfg, train, val)
     cfg = complete(expand_paths(cfg))[0]
+    folder, file = run or (None, None if name.startswith(HUB) else path)
     return Source(name, model.eval(), model_name, cfg, seen, file, folder)
 
 
