@@ -59,9 +59,11 @@ class Evaluation:
 
 
 def device_of(cfg: DictConfig) -> torch.device:
-    """Returns the device that a configuration's ``accelerator`` names."""
-    found = None if cfg.accelerator == "cpu" else torch.accelerator.current_accelerator()
-    return found or torch.device("cpu")
+    """Returns the device that a configuration's ``accelerator`` names, or the CPU if this machine
+    has no other."""
+    if cfg.accelerator == "cpu" or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 @torch.no_grad()

@@ -377,4 +377,10 @@ def _notes_of_runs(results: Sequence[Mapping[str, Any]]) -> str:
         for name, note in (result.get("notes") or {}).items()
         if name in MEASURES
     ]
+    old = sum("linear" in result and "regulariser" not in result for result in results)
+    if old:
+        lines.append(
+            f"{old} of the runs were evaluated by an earlier version (k-NN with equal votes, "
+            f"C = 1): remove their {RESULT_FILE} to evaluate them again."
+        )
     return "".join(f" {line}" for line in lines)

@@ -71,7 +71,7 @@ def evaluate_source(
 ) -> dict[str, Any]:
     """Evaluates a backbone, prints a table and writes ``evaluation.json``.
 
-    The file is written into a run's folder, or beside a file of weights as
+    The file has what this call has measured. It is written into a run's folder, or beside a file of weights as
     ``<file>.evaluation.json``. A measure that the embeddings do not allow is null there, and its
     note says why.
 

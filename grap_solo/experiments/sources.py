@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from torch import nn
 
+from grap_solo.data import count_crops
 from grap_solo.data.augmentations import DEFAULT_MEAN, DEFAULT_STD
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.experiments.retrain import newest_checkpoint
@@ -25,8 +27,10 @@ from grap_solo.solo.backbones import (
     check_backbone,
 )
 from grap_solo.solo.exported import EXPORTED_CONFIG, OWN_ENTRY, load_backbone, read_exported_config
+from grap_solo.training.blocks import Block, nested, unfilled
 from grap_solo.training.checkpoints import read_checkpoint
-from grap_solo.training.config import complete, expand_paths
+from grap_solo.training.config import complete, complete_blocks, expand_paths
+from grap_solo.training.schema import Data
 from grap_solo.training.starting_weights import load_weights
 
 HUB = "timm:"
@@ -40,18 +44,24 @@ SMALL_SIZE = 32
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 """The folder in which torchvision keeps each of the two."""
 
-PLAIN = """
-name: evaluation
-method: vicreg
-max_epochs: 1
-optimizer: {name: sgd, batch_size: 64, lr: 1.0, classifier_lr: 1.0, weight_decay: 0.0}
-scheduler: {name: none}
-data: {dataset: custom, num_workers: 0}
-"""
-"""The configuration of a source without one of its own. Nothing is trained with it."""
-
 Composer = Callable[[Path], DictConfig]
 """Composes a configuration file with the command line's overrides."""
+
+
+class Batches(Block):
+    """The part of the ``optimizer:`` block that counts without training."""
+
+    batch_size: int = Field(64, ge=1)
+
+
+class PlainConfiguration(Block):
+    """The keys that count for a source without a configuration of its own."""
+
+    data: Data = nested()
+    augmentations: Any = unfilled(title="a list of pipelines")
+    optimizer: Batches = nested()
+    accelerator: str = Field("auto")
+    seed: int = Field(5, ge=0)
 
 
 @dataclass(frozen=True)
@@ -145,38 +155,54 @@ def open_source(
         model, model_name = load_run_backbone(saved, run[1]), saved.backbone.name
         cfg, seen = load(run[0] / CONFIG_FILE), saved.data.dataset
     else:
-        model, model_name, small = _open_plain(name, path, backbone)
-        cfg = _compose_plain(model_name, _own_transform(model, small), load)
-        seen = SMALL_STEM if small else "custom"
+        model, model_name, seen, made_for = _open_plain(name, path, backbone)
+        cfg = _compose_plain(made_for, load)
     OmegaConf.set_struct(cfg, False)
     _set_images(cfg, train, val)
-    cfg = complete(expand_paths(cfg))[0]
+    cfg = expand_paths(cfg)
+    cfg = complete_blocks(cfg, PlainConfiguration) if run is None else complete(cfg)[0]
+    count_crops(cfg.get("augmentations") or [])
     folder, file = run or (None, None if name.startswith(HUB) else path)
     return Source(name, model.eval(), model_name, cfg, seen, file, folder)
 
 
-def _compose_plain(model_name: str, transform: dict[str, Any], load: Composer) -> DictConfig:
-    """Composes the configuration of a source that is no run with the command line's overrides."""
-    cfg: Any = OmegaConf.create(PLAIN)
-    cfg.backbone, cfg.augmentations = {"name": model_name}, [transform]
+def _compose_plain(made_for: Mapping[str, Any], load: Composer) -> DictConfig:
+    """Composes the configuration of a source that is no run with the command line's overrides.
+
+    Args:
+        made_for: the ``input_size``, ``mean`` and ``std`` of the backbone's images.
+        load: see :func:`open_source`.
+    """
+    cfg: Any = OmegaConf.create({"data": {"dataset": "custom", "num_workers": 0}})
+    cfg.augmentations = [
+        {
+            "crop_size": int(made_for.get("input_size", (DEFAULT_SIZE,))[-1]),
+            "num_crops": 1,
+            "mean": list(made_for.get("mean", DEFAULT_MEAN)),
+            "std": list(made_for.get("std", DEFAULT_STD)),
+        }
+    ]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / CONFIG_FILE
         OmegaConf.save(cfg, file)
         return load(file)
 
 
-def _open_plain(name: str, path: Path, backbone: str | None) -> tuple[nn.Module, str, bool]:
-    """Opens a source that is no run. Returns the backbone, its name, and whether it has the stem
-    for small images."""
+def _open_plain(
+    name: str, path: Path, backbone: str | None
+) -> tuple[nn.Module, str, str, Mapping[str, Any]]:
+    """Opens a source that is no run. Returns the backbone, its name, the dataset by whose name its
+    images are transformed, and what it says of them, as in timm's ``pretrained_cfg``."""
     if name.startswith(HUB):
-        return _load_from_hub(name.removeprefix(HUB)), name.removeprefix(HUB), False
+        model = _load_from_hub(name.removeprefix(HUB))
+        return model, name.removeprefix(HUB), "custom", _pretrained_cfg(model)
     if path.is_dir():
         config = read_exported_config(path)
         if OWN_ENTRY in config:
-            block = config[OWN_ENTRY]
-            small = block["backbone"] in RESNETS and block["dataset"] in CIFAR_FOLDERS
-            return load_backbone(path), block["backbone"], small
-        return _load_timm_folder(path), str(config.get("architecture")), False
+            block, made_for = config[OWN_ENTRY], config["pretrained_cfg"]
+            return load_backbone(path), block["backbone"], block["dataset"], made_for
+        model = _load_timm_folder(path)
+        return model, str(config.get("architecture")), "custom", _pretrained_cfg(model)
     if backbone is None:
         raise ConfigError(
             f"{name}: not a run's checkpoint: say whose weights they are, as in --backbone resnet18"
@@ -195,9 +221,9 @@ def _open_plain(name: str, path: Path, backbone: str | None) -> tuple[nn.Module,
         except ConfigError:
             pass
         else:
-            return other, backbone, True
+            return other, backbone, SMALL_STEM, {"input_size": (SMALL_SIZE,)}
         raise
-    return plain, backbone, False
+    return plain, backbone, "custom", _pretrained_cfg(plain)
 
 
 def _load_from_hub(name: str) -> nn.Module:
@@ -227,17 +253,9 @@ def _load_timm_folder(folder: Path) -> nn.Module:
     return model
 
 
-def _own_transform(model: nn.Module, small: bool) -> dict[str, Any]:
-    """The size of the images for which a model is made, and their mean and deviation."""
-    if small:
-        return {"crop_size": SMALL_SIZE, "num_crops": 2}
-    own = getattr(model, "pretrained_cfg", None) or {}
-    return {
-        "crop_size": int(own.get("input_size", (DEFAULT_SIZE,))[-1]),
-        "num_crops": 2,
-        "mean": list(own.get("mean", DEFAULT_MEAN)),
-        "std": list(own.get("std", DEFAULT_STD)),
-    }
+def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
+    """What timm says of a model's images; empty for torchvision's."""
+    return getattr(model, "pretrained_cfg", None) or {}
 
 
 def _set_images(cfg: DictConfig, train: str | None, val: str | None) -> None:
