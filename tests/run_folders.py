@@ -87,7 +87,8 @@ def write_backbone_run(folder, name, dataset="digits", kwargs=None, size=32):
         size: of the images.
     """
     kwargs = kwargs or {}
-    cfg = digits(folder.parent, f"name={folder.name}", file="grap_vicreg")
+    changes = [f"name={folder.name}", "++data.fraction=0.06"]  # One batch.
+    cfg = digits(folder.parent, *changes, file="grap_vicreg")
     cfg.backbone, cfg.data.dataset = {"name": name, "kwargs": kwargs}, dataset
     for each in cfg.augmentations:
         each.crop_size = size

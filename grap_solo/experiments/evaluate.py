@@ -29,6 +29,7 @@ from grap_solo.evaluation.ranks import Degenerate, lidar
 from grap_solo.experiments.retrain import finetune
 from grap_solo.experiments.sources import Composer, Source, open_source
 from grap_solo.records.files import (
+    CONFIG_FILE,
     EVALUATION_FILE,
     TRAINED_FILE,
     make_folder,
@@ -71,9 +72,9 @@ def evaluate_source(
 ) -> dict[str, Any]:
     """Evaluates a backbone, prints a table and writes ``evaluation.json``.
 
-    The file has what this call has measured. It is written into a run's folder, or beside a file of weights as
-    ``<file>.evaluation.json``. A measure that the embeddings do not allow is null there, and its
-    note says why.
+    The file has what this call has measured. It is written into a run's folder, or beside a file of
+    weights as ``<file>.evaluation.json``. A measure that the embeddings do not allow is null there,
+    and its note says why.
 
     Args:
         name: see :func:`~grap_solo.experiments.sources.open_source`.
@@ -198,8 +199,9 @@ def _finetuned(run: Path, load: Composer, notes: dict[str, str]) -> float | None
         folder, accuracy = found.directory, found.accuracy
     else:
         accuracy = done["online"]
-    epochs = read_config(folder / "config.yaml").max_epochs
-    notes["finetune"] = f"{epochs} epochs, in {folder}{', trained before' if done else ''}"
+    epochs = read_config(folder / CONFIG_FILE).max_epochs
+    before = ", trained before" if done else ""
+    notes["finetune"] = f"{epochs} epoch{'s' * (epochs > 1)}, in {folder}{before}"
     return accuracy
 
 

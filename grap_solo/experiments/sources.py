@@ -48,6 +48,14 @@ Composer = Callable[[Path], DictConfig]
 """Composes a configuration file with the command line's overrides."""
 
 
+PLAIN = """
+data: {dataset: custom, num_workers: 0}
+optimizer: {batch_size: 64}
+accelerator: auto
+"""
+"""The configuration that the command line changes for a source without one of its own."""
+
+
 class Batches(Block):
     """The part of the ``optimizer:`` block that counts without training."""
 
@@ -173,7 +181,7 @@ def _compose_plain(made_for: Mapping[str, Any], load: Composer) -> DictConfig:
         made_for: the ``input_size``, ``mean`` and ``std`` of the backbone's images.
         load: see :func:`open_source`.
     """
-    cfg: Any = OmegaConf.create({"data": {"dataset": "custom", "num_workers": 0}})
+    cfg: Any = OmegaConf.create(PLAIN)
     cfg.augmentations = [
         {
             "crop_size": int(made_for.get("input_size", (DEFAULT_SIZE,))[-1]),

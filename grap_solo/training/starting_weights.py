@@ -247,17 +247,19 @@ def _count_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> in
 
 
 def _first_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Says in which keys or shapes tensors are not the backbone's; empty if they are.
+    """Names the first keys and the first shape in which tensors are not the backbone's; empty if
+    they are.
 
     A batch-norm's count of batches, which old files lack, may be missing."""
-    for name, value in wanted.items():
-        if name in found and found[name].shape != value.shape:
-            theirs, ours = tuple(found[name].shape), tuple(value.shape)
-            return f"{name} has shape {theirs}, not {ours}"
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in found if k not in wanted]
     texts = [f"it lacks {_shorten(missing)}"] if missing else []
     texts += [f"it also has {_shorten(unexpected)}"] if unexpected else []
+    for name, value in wanted.items():
+        if name in found and found[name].shape != value.shape:
+            theirs, ours = tuple(found[name].shape), tuple(value.shape)
+            texts.append(f"{name} has shape {theirs}, not {ours}")
+            break
     return "; ".join(texts)
 
 

@@ -54,8 +54,7 @@ def printed_and_written(arguments, file, capsys):
 def test_a_run_has_a_table_and_a_file_with_every_measure(run, capsys):
     folder, backbone = run
     out, found = printed_and_written([folder], folder / "evaluation.json", capsys)
-    cfg = compose(folder / "config.yaml", ["performance.disable_channel_last=true"])
-    cfg = open_source(str(folder), None, lambda file: cfg, None, None).cfg
+    cfg = open_source(str(folder), None, compose, None, None).cfg
     train, validation = load_both(cfg.data)
     loaders = (evaluation_loader(cfg, each) for each in (train, validation))
     expected = evaluate(backbone.to(memory_format=torch.channels_last), *loaders)
@@ -90,7 +89,7 @@ def test_a_checkpoint_and_an_export_are_measured_as_the_run(run, tmp_path, capsy
     _, of_checkpoint = printed_and_written([checkpoint, "--knn"], beside, capsys)
     written = export(folder, "timm", tmp_path / "model")
     line = [written, "--train", "digits", "--knn", "--linear", "--to", tmp_path / "out"]
-    changes = ["+data.fraction=0.2"]
+    changes = ["+data.fraction=0.06"]
     out, of_export = printed_and_written(
         [*line, *changes], tmp_path / "out" / "evaluation.json", capsys
     )
@@ -224,6 +223,6 @@ def test_fine_tuning_trains_once_and_is_reported(tmp_path, capsys):
     out, found = printed_and_written(line, file, capsys)
     trained = json.loads((tmp_path / "run_finetuned" / "trained.json").read_text())
     assert found["finetune"] == trained["online"] and "| fine-tuned " in out
-    assert found["notes"]["finetune"].startswith("1 epochs, in ")
+    assert found["notes"]["finetune"].startswith("1 epoch, in ")
     again, found = printed_and_written(line, file, capsys)
     assert found["finetune"] == trained["online"] and "trained before" in again

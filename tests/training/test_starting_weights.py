@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import timm
 import torch
 from helpers import method_config
 from safetensors.torch import save_file
@@ -95,6 +96,28 @@ def test_of_teacher_and_student_the_teacher_is_taken_unless_it_is_empty(donor, t
     torch.save({**both, "teacher": {}}, tmp_path / "student.pth")
     assert "its entry 'student'" in start_backbone(model, tmp_path / "student.pth")
     assert not model.backbone.conv1[0].weight.any()
+
+
+def test_a_classifier_within_a_part_of_the_backbone_is_left_out(tmp_path):
+    """As ConvNeXt's, whose ``head`` has a norm that the backbone keeps."""
+    theirs = timm.create_model("convnext_atto", num_classes=7)
+    torch.save(theirs.state_dict(), tmp_path / "file.pth")
+    model = build(2, "vicreg", "convnext_atto")
+    line = start_backbone(model, tmp_path / "file.pth")
+    assert line.endswith("its state dict, without head.fc")
+    assert torch.equal(model.backbone.head.norm.weight, theirs.head.norm.weight)
+    assert torch.equal(model.backbone.stem[0].weight, theirs.stem[0].weight)
+
+
+def test_a_misfit_names_the_first_missing_and_unexpected_keys_and_the_first_shape(tmp_path):
+    state = build(2, "vicreg").backbone.state_dict()
+    state |= {"layer1.9.bn.bias": torch.ones(1), "bn1.weight": torch.ones(3)}
+    torch.save(without(state, "bn1.bias"), tmp_path / "file.pth")
+    message = (
+        r"it lacks bn1\.bias; it also has layer1\.9\.bn\.bias; bn1\.weight has shape \(3,\), not"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start_backbone(build(2, "vicreg"), tmp_path / "file.pth")
 
 
 def without(state, *names):
