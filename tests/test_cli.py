@@ -140,7 +140,7 @@ def test_the_names_that_flags_accept_are_those_of_the_modules_behind_them():
     from grap_solo.experiments import bench, export, search, timing
     from grap_solo.methods import METHODS
 
-    assert tuple(export.FORMATS) == arguments.FORMAT_NAMES
+    assert tuple(export.EXPORT_FORMATS) == arguments.FORMAT_NAMES
     assert tuple(search.SAMPLERS) == arguments.SAMPLER_NAMES
     assert tuple(search.PRUNERS) == arguments.PRUNER_NAMES
     assert tuple(timing.AUTOCAST) == arguments.PRECISION_NAMES

@@ -28,7 +28,7 @@ from grap_solo.solo.exported import (
     read_exported_config,
 )
 
-FORMATS = ("timm", "torchvision", "state-dict", "onnx")
+EXPORT_FORMATS = ("timm", "torchvision", "state-dict", "onnx")
 ONNX_FILE = "model.onnx"
 CARD_FILE = "README.md"
 TRAINING_FILE = "training.yaml"
