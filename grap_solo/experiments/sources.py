@@ -163,6 +163,8 @@ def open_source(
         model, model_name = load_run_backbone(saved, run[1]), saved.backbone.name
         cfg, seen = load(run[0] / CONFIG_FILE), saved.data.dataset
     else:
+        if name.startswith(HUB) and train is None:
+            raise _no_images()  # Before the download.
         model, model_name, seen, made_for = _open_plain(name, path, backbone)
         cfg = _compose_plain(made_for, load)
     OmegaConf.set_struct(cfg, False)
@@ -277,7 +279,11 @@ def _set_images(cfg: DictConfig, train: str | None, val: str | None) -> None:
     elif train is not None or val is not None:
         raise ConfigError("--train, --val: give both: one to fit on, and one to score on")
     if cfg.data.get("dataset") != "digits" and cfg.data.get("val_path") in (None, "None"):
-        raise ConfigError("--train, --val: give the images to fit on and those to score on")
+        raise _no_images()
+
+
+def _no_images() -> ConfigError:
+    return ConfigError("--train, --val: give the images to fit on and those to score on")
 
 
 def _kind_of(path: str) -> tuple[str, str]:

@@ -172,6 +172,7 @@ def test_embeddings_that_cannot_be_measured_are_said_in_the_table(factor, reason
 REFUSED = {
     "no backbone": (["FILE"], "not a run's checkpoint: say whose weights they are, as in --backb"),
     "no images": (["FILE", "--backbone", "test_resnet"], "--train, --val: give the images to fit"),
+    "no images for a download": (["timm:resnet18"], "--train, --val: give the images to fit"),
     "one part": (["FILE", "--backbone", "test_resnet", "--train", "IMAGES"], "--val: give both"),
     "another backbone": (
         ["FILE", "--backbone", "resnet18", "--train", "digits"],
