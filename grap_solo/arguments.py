@@ -295,7 +295,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     add(
         "demo",
-        "train All4One and VICReg on scikit-learn's digits, with default, equal and learned "
+        "train two methods on scikit-learn's digits, with default, equal and learned "
         "weights, into runs/demo",
         "grap-solo demo",
         "changes a key of the configuration of all runs",
