@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grap_solo.balance import SharedHead, Step, balance
     from grap_solo.errors import ConfigError
+    from grap_solo.solo.exported import load_backbone
     from grap_solo.weighting import (
         Equal,
         Fixed,
@@ -37,11 +38,12 @@ __all__ = [
     "Weighting",
     "balance",
     "build_weighting",
+    "load_backbone",
 ]
 
 if not TYPE_CHECKING:  # A type checker reads the imports above and refuses every other name.
     _MODULES = {"ConfigError": "errors", "SharedHead": "balance", "Step": "balance"}
-    _MODULES |= {"balance": "balance"}
+    _MODULES |= {"balance": "balance", "load_backbone": "solo.exported"}
 
     def __getattr__(name: str) -> Any:
         """Imports a public name when it is first used (PEP 562)."""

@@ -19,6 +19,7 @@ from grap_solo.records.files import CONFIG_FILE, expand_path
 # What flags accept. The modules that use these names take seconds to import; a test compares both.
 SAMPLER_NAMES = ("tpe", "random")
 PRUNER_NAMES = ("none", "median")
+FORMAT_NAMES = ("timm", "torchvision", "state-dict", "onnx")
 PRECISION_NAMES = ("32-true", "bf16-mixed")
 CONTENDER_NAMES = ("fixed", "grap", "grap_compiled", "k_backwards", "torchjd", "solo_learn")
 BENCH_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar10"
@@ -181,6 +182,25 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "runs", nargs="*", type=_run_folder, metavar="RUN_DIR", help="the run's folder"
     )
 
+    _add_evaluate(
+        add(
+            "evaluate",
+            "measure the embeddings of a run's backbone or of any other: linear probe, k-NN, ranks",
+            "grap-solo evaluate runs/grap-seed5",
+            "changes a key of the run's configuration, such as data.num_workers=4 or\n"
+            "           accelerator=cpu",
+            usage="SOURCE [--backbone NAME] [--train DATA --val DATA] [--linear] [--knn]\n"
+            "           [--finetune] [--umap PNG] [--to DIR] [key=value ...]",
+        )
+    )
+    _add_export(
+        add(
+            "export",
+            "write a run's backbone as a model folder that timm, torchvision or ONNX can load",
+            "grap-solo export runs/grap-seed5 --to my-model",
+        )
+    )
+
     compare = add(
         "compare",
         "train methods x seeds and write one table with its pictures; started again, it resumes",
@@ -275,7 +295,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     add(
         "demo",
-        "train All4One and VICReg on scikit-learn's digits, with default, equal and learned "
+        "train two methods on scikit-learn's digits, with default, equal and learned "
         "weights, into runs/demo",
         "grap-solo demo",
         "changes a key of the configuration of all runs",
@@ -340,6 +360,54 @@ def _add_pretrain(parser: Parser) -> None:
         text="install hydra's shell completion",
     )  # fmt: skip
     flag("--experimental-rerun", metavar="FILE", text="train again from a job that hydra pickled")
+
+
+def _add_evaluate(parser: Parser) -> None:
+    parser.add_argument(
+        "source", type=_source, metavar="SOURCE",
+        help="a run's folder, one of its checkpoints, an export's folder, timm:NAME for the "
+        "weights of timm's hub, or a file of weights with --backbone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backbone", metavar="NAME",
+        help="whose weights the file holds: resnet18, resnet50, or a model of timm",
+    )  # fmt: skip
+    for flag, what in (("--train", "to fit on"), ("--val", "to score on")):
+        parser.add_argument(
+            flag, type=_images, metavar="DATA",
+            help=f"the images {what}: a folder of class folders, a Parquet file, or digits "
+            "(default: the run's)",
+        )  # fmt: skip
+    parser.add_argument("--linear", action="store_true", help="measure the linear probe alone")
+    parser.add_argument(
+        "--knn", action="store_true", help="measure k-NN alone, or with --linear both"
+    )
+    parser.add_argument(
+        "--finetune", action="store_true",
+        help="also train the run's backbone further with the labels, as finetune does",
+    )  # fmt: skip
+    parser.add_argument(
+        "--umap", type=_path, metavar="PNG",
+        help="also draw the validation embeddings in two dimensions (needs umap-learn)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--to", type=_path, metavar="DIR",
+        help="the folder for evaluation.json (default: the run's, or beside the file)",
+    )  # fmt: skip
+
+
+def _add_export(parser: Parser) -> None:
+    parser.add_argument(
+        "run", type=_source, metavar="RUN", help="a run's folder, or one of its checkpoints"
+    )
+    parser.add_argument(
+        "--format", choices=FORMAT_NAMES,
+        help="timm and torchvision: safetensors with config.json; state-dict: torch's file; onnx "
+        "(default: timm, or torchvision for the small stem of CIFAR, which timm does not have)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--to", type=_path, metavar="DIR", help="the folder to write (default: export in the run's)"
+    )
 
 
 def _add_bench(parser: Parser) -> None:
@@ -409,6 +477,26 @@ def _run_folder(text: str) -> Path:
             f"{file}: no such file: give the folder of a run that has been trained"
         )
     return folder
+
+
+def _source(text: str) -> str:
+    if text.startswith("timm:"):
+        return text
+    path = _path(text)
+    if not os.path.exists(path):
+        raise argparse.ArgumentTypeError(
+            f"{path}: no such file or folder: give that of a run, or weights"
+        )
+    return str(path)
+
+
+def _images(text: str) -> str:
+    if text == "digits":
+        return text
+    path = _path(text)
+    if not os.path.exists(path):
+        raise argparse.ArgumentTypeError(f"{path}: no such file or folder: give one of images")
+    return str(path)
 
 
 def _folder_of_runs(text: str) -> Path:

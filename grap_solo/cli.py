@@ -158,6 +158,30 @@ def _check_runs(command: str, runs: list[Path]) -> None:
         raise ConfigError(f"{command}: give the folder of a run: grap-solo {command} RUN_DIR")
 
 
+def _evaluate_source(given: argparse.Namespace) -> None:
+    if given.finetune and given.train is not None:
+        raise ConfigError("evaluate: --finetune trains on the run's own images: leave --train out")
+    from grap_solo.experiments.evaluate import evaluate_source
+
+    evaluate_source(
+        given.source,
+        _composer(given.overrides),
+        [name for name in ("linear", "knn") if getattr(given, name)],
+        backbone=given.backbone,
+        train=given.train,
+        val=given.val,
+        tune=given.finetune,
+        umap=given.umap,
+        to=given.to,
+    )
+
+
+def _export_run(given: argparse.Namespace) -> None:
+    from grap_solo.experiments.export import export
+
+    export(Path(given.run), given.format, given.to)
+
+
 def _compare(given: argparse.Namespace) -> None:
     file = _config_file(given)
     from grap_solo.experiments.compare import compare
@@ -250,6 +274,8 @@ COMMANDS = {
     "pretrain": _pretrain,
     "retrain": _retrain,
     "finetune": _finetune,
+    "evaluate": _evaluate_source,
+    "export": _export_run,
     "compare": _compare,
     "search": _search,
     "map": _map,

@@ -18,10 +18,9 @@ from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
-import grap_solo
 from grap_solo.errors import ConfigError
 
-CONFIGS = Path(grap_solo.__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """The folder of the project's own configuration files."""
 
 

@@ -5,7 +5,12 @@ import json
 import math
 from itertools import combinations
 
+import torch
 import yaml
+from helpers import digits
+from omegaconf import OmegaConf
+
+from grap_solo.solo.backbones import build_backbone
 
 FOUR = ("nnclr", "attn_nnclr", "byol", "barlow")
 THREE = ("nnclr", "attn_nnclr", "feature")
@@ -80,3 +85,38 @@ def write_run(
             "seconds": 1.0,
         }
         (folder / "result.json").write_text(json.dumps(result))
+
+
+def write_backbone_run(folder, name, dataset="digits", kwargs=None, size=32):
+    """Writes the configuration and the checkpoint of a run whose backbone is untrained, with
+    running statistics of its own. Returns the backbone, in eval mode.
+
+    Args:
+        folder: the run's.
+        name: the backbone's.
+        dataset: decides the stem of a ResNet.
+        kwargs: of the backbone.
+        size: of the images.
+    """
+    kwargs = kwargs or {}
+    changes = [f"name={folder.name}", "++data.fraction=0.06"]  # One batch.
+    cfg = digits(folder.parent, *changes, file="grap_vicreg")
+    cfg.backbone, cfg.data.dataset = {"name": name, "kwargs": kwargs}, dataset
+    for each in cfg.augmentations:
+        each.crop_size = size
+    torch.manual_seed(0)
+    backbone, _ = build_backbone(name, dataset, kwargs, size)
+    for key, value in backbone.state_dict().items():
+        if key.endswith("running_mean"):
+            value.uniform_(-0.1, 0.1)
+        elif key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+        elif key.endswith("gamma"):  # ConvNeXt's scale of a block is 1e-6 at first.
+            value.fill_(0.5)
+    (folder / "checkpoints").mkdir(parents=True)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    state = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+    state["projector.weight"] = torch.zeros(1)
+    content = {"state_dict": state, "epoch": 0, "global_step": 1}
+    torch.save(content, folder / "checkpoints" / f"{folder.name}-ep0.ckpt")
+    return backbone.eval()

@@ -38,6 +38,15 @@ REFUSED = {
         ["retrain", "--mean-last", "0"], "--mean-last: expected a whole number of 1 or more",
     ),
     "finetune's folder": (["finetune", "nowhere"], "nowhere/config.yaml: no such file"),
+    "evaluate's source": (["evaluate", "nowhere"], "SOURCE: nowhere: no such file or folder"),
+    "evaluate's images": (
+        ["evaluate", "timm:resnet18", "--train", "nowhere"], "--train: nowhere: no such file or",
+    ),
+    "evaluate's flag": (["evaluate", "timm:resnet18", "--knm"], "unknown flag '--knm'"),
+    "export's run": (["export", "nowhere"], "RUN: nowhere: no such file or folder"),
+    "export's format": (
+        ["export", "nowhere", "--format", "pickle"], "--format: invalid choice: 'pickle'",
+    ),
     "compare's file": (
         ["compare", "--config-path", str(DIGITS), "--config-name", "grab"], "no such file",
     ),
@@ -128,9 +137,10 @@ def test_nothing_given_is_the_help_and_exit_code_2(capsys):
 
 
 def test_the_names_that_flags_accept_are_those_of_the_modules_behind_them():
-    from grap_solo.experiments import bench, search, timing
+    from grap_solo.experiments import bench, export, search, timing
     from grap_solo.methods import METHODS
 
+    assert tuple(export.EXPORT_FORMATS) == arguments.FORMAT_NAMES
     assert tuple(search.SAMPLERS) == arguments.SAMPLER_NAMES
     assert tuple(search.PRUNERS) == arguments.PRUNER_NAMES
     assert tuple(timing.AUTOCAST) == arguments.PRECISION_NAMES

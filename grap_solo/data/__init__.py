@@ -51,6 +51,7 @@ __all__ = [
     "resolve_num_classes",
     "split_labels",
     "stop_workers",
+    "views_loader",
 ]
 
 
@@ -146,6 +147,23 @@ def evaluation_loader(cfg: DictConfig, images: Images, keep: bool = False) -> Da
     )
 
 
+def views_loader(cfg: DictConfig, images: Images, views: int) -> DataLoader[Any]:
+    """Builds the loader of several training views of each image: ``[indexes, views, labels]``, in
+    order.
+
+    The pipelines of ``augmentations`` take turns. The views depend on the run's seed alone.
+
+    Args:
+        cfg: the configuration.
+        images: the images.
+        views: how many of each, at least; a multiple of the number of views in training.
+    """
+    transforms = build_views(cfg.data.dataset, cfg.augmentations)
+    dataset = _Views(images, transforms * -(-views // len(transforms)))
+    places = [(mixed_seed(cfg.seed, 2), index) for index in range(len(images))]
+    return _build_loader(cfg, dataset, places, drop_last=False)
+
+
 def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
     """Returns the number of classes: the dataset's, else ``num_classes``, else the number found.
 
@@ -185,7 +203,7 @@ def _build_training_loader(
 
 
 def _build_loader(
-    cfg: DictConfig, dataset: Dataset[Any], sampler: Sampler[Any], drop_last: bool
+    cfg: DictConfig, dataset: Dataset[Any], sampler: Sampler[Any] | list[Place], drop_last: bool
 ) -> DataLoader[Any]:
     return build_loader(
         dataset,

@@ -37,7 +37,7 @@ from grap_solo.records.files import (
     read_json,
     write_json,
 )
-from grap_solo.records.runs import read_run
+from grap_solo.records.runs import MEASURES, read_run
 from grap_solo.records.weights import median_weights
 from grap_solo.report.page import report
 from grap_solo.report.tables import BASELINE, table_of_methods, table_of_runs, write_summary
@@ -95,7 +95,8 @@ def compare(
         results = [result_of(cell) for cell in cells]
         runs = table_of_runs(results)
         rows = list(dict.fromkeys(methods))
-        notes = "\n\n".join([_table_notes(cells, runs), *_say_collapsed(cells)])
+        notes = _table_notes(cells, runs) + _notes_of_runs(results)
+        notes = "\n\n".join([notes, *_say_collapsed(cells)])
         costs = read_json(directory / COST_FILE) or {}
         # Once before the measurement of costs, which may fail.
         write_summary(directory, runs, table_of_methods(runs, rows, costs), notes)
@@ -167,8 +168,15 @@ def run_all(cells: Sequence[Cell], directory: Path, processes: int) -> None:
         for cell, reason in _run_cells(wave, directory, processes):
             done += 1
             result = read_json(cell.directory / RESULT_FILE)
-            said = f"failed: {reason}" if result is None else f"linear {result['linear']:.2f} %"
+            said = f"failed: {reason}" if result is None else _say_linear(result)
             print(f"[{done}/{len(cells)}] {cell.method}, seed {cell.seed}: {said}", flush=True)
+
+
+def _say_linear(result: Mapping[str, Any]) -> str:
+    """Says a run's linear probe, or why it has none."""
+    if result["linear"] is None:
+        return f"no linear probe: {result['notes']['linear']}"
+    return f"linear {result['linear']:.2f} %"
 
 
 def _run_cells(
@@ -363,9 +371,28 @@ def _table_notes(cells: Sequence[Cell], runs: Any) -> str:
     return (
         f"{cfg.data.dataset}, {cfg.max_epochs} epochs, seeds {seeds}. Top-1 on the validation "
         "images in percent, mean ± standard deviation over the seeds; the linear probe and k-NN "
-        "are offline, on frozen embeddings. cost: training time divided by that of fixed, from "
-        "step times taken in turns in one process; it includes the run that a method starts from. "
+        "are offline, on frozen embeddings; the probe's regulariser is chosen on a split of the "
+        "training embeddings, and k-NN is weighted (k = 20, cosine, T = 0.07). cost: "
+        "training time divided by that of fixed, from step times taken in turns in one process; "
+        "it includes the run that a method starts from. "
         "p: Welch's t-test of the linear probe against fixed, Holm-corrected over the table. The "
         "weights are the median over a run's steps, averaged over the seeds. All trainings "
         f"together took {trained:.0f} s."
     )
+
+
+def _notes_of_runs(results: Sequence[Mapping[str, Any]]) -> str:
+    """Says which measures of which runs have no value, or an unsure one, and why."""
+    lines = [
+        f"{result['method']}, seed {result['seed']}: {MEASURES[name]}: {note}."
+        for result in results
+        for name, note in (result.get("notes") or {}).items()
+        if name in MEASURES
+    ]
+    old = sum("linear" in result and "regulariser" not in result for result in results)
+    if old:
+        lines.append(
+            f"{old} of the runs were evaluated by an earlier version (k-NN with equal votes, "
+            f"C = 1): remove their {RESULT_FILE} to evaluate them again."
+        )
+    return "".join(f" {line}" for line in lines)

@@ -49,15 +49,22 @@ def judge(accuracy: float, other: float, margin: float) -> str:
     return "above" if accuracy > other else "below"
 
 
-def describe_accuracies(linear: Mapping[str, float], images: int) -> str:
+def describe_accuracies(linear: Mapping[str, float | None], images: int) -> str:
     """Compares the linear probe of GraP with those of the default and of equal weights.
 
     Args:
         linear: the accuracies of ``grap``, ``default`` and ``equal`` in percent; and of
-            ``grap_tuned``, if the median of the learned weights was held constant in a run.
+            ``grap_tuned``, if the median of the learned weights was held constant in a run. None
+            for a run whose embeddings allow no linear probe.
         images: the number of validation images.
     """
-    grap, default, equal = (linear[name] for name in ("grap", "default", "equal"))
+    without = [name for name in ("grap", "default", "equal") if linear[name] is None]
+    if without:
+        return (
+            f"The embeddings of {' and '.join(without)} allow no linear probe, so nothing can be "
+            "compared."
+        )
+    grap, default, equal = (linear[name] or 0.0 for name in ("grap", "default", "equal"))
     tuned = linear.get("grap_tuned")
     margin = noise_margin([grap, default, equal, *([] if tuned is None else [tuned])], images)
     verdicts = judge(grap, default, margin), judge(grap, equal, margin)

@@ -18,7 +18,7 @@ from grap_solo.records.files import WEIGHTS_FILE, make_folder, only_one, whole_f
 from grap_solo.records.runs import MEASURES
 from grap_solo.records.weights import read_weights
 from grap_solo.report.maps import MapPoint, plot_weight_map
-from grap_solo.report.tables import BASELINE, table_of_runs
+from grap_solo.report.tables import BASELINE, format_number, table_of_runs
 from grap_solo.training.config import prepare, terms_of
 
 MAP_FILES = ("map.csv", "map.md", "map.png")
@@ -185,7 +185,9 @@ def _map_text(
     for point in points:
         ends = ["-", "-"] if not point.path else [f"{each:.3g}" for each in point.path[-1]]
         named = point.name if len(point.path) < 2 else f"{point.name}, at its end"
-        rows.append((named, *ends, *(f"{each:.2f}" for each in point.accuracies.values())))
+        rows.append(
+            (named, *ends, *(format_number(each, ".2f") for each in point.accuracies.values()))
+        )
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, f"|{'---|' * len(rows[0])}")
     failed = int((runs["reason"] != "").sum())

@@ -28,6 +28,7 @@ PICTURE_FILE = "weights.png"
 WANDB_FILE = "wandb.json"
 TRAINED_FILE = "trained.json"
 RESULT_FILE = "result.json"
+EVALUATION_FILE = "evaluation.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 ARGS_FILE = "args.json"  # Among the checkpoints, where solo-learn's scripts look for it.
 

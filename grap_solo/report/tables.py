@@ -37,7 +37,8 @@ def table_of_runs(results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         rows.append({"reason": "", **plain, **weights})
     columns = ["method", "seed", *MEASURES, "seconds", "reason"]
     frame = pd.DataFrame(rows).reindex(columns=list(dict.fromkeys([*columns, *_weights(rows)])))
-    frame["online"] = pd.to_numeric(frame["online"])
+    for measure in MEASURES:  # A run may lack some: None.
+        frame[measure] = pd.to_numeric(frame[measure])
     return frame
 
 
@@ -83,7 +84,9 @@ def table_of_methods(
 def p_values(runs: pd.DataFrame, methods: Sequence[str]) -> list[float]:
     """Computes the corrected p-value of each method: see :func:`table_of_methods`."""
     linear = {
-        method: runs.loc[(runs["method"] == method) & (runs["reason"] == ""), "linear"].to_numpy()
+        method: runs.loc[(runs["method"] == method) & (runs["reason"] == ""), "linear"]
+        .dropna()
+        .to_numpy()
         for method in {*methods, BASELINE}
     }
     base = linear[BASELINE]

@@ -26,7 +26,7 @@ from grap_solo.records.files import check_name, expand_path
 from grap_solo.solo import register_backbone
 from grap_solo.solo.backbones import embedding_width
 from grap_solo.solo.optimizers import OPTIMIZERS
-from grap_solo.training.blocks import validate
+from grap_solo.training.blocks import Block, validate
 from grap_solo.training.schema import Configuration, schema_of
 from grap_solo.training.trainer_keys import check_arguments
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
@@ -143,11 +143,32 @@ def complete(source: DictConfig) -> tuple[DictConfig, type[CompositeMethod], typ
     plain: Any = _without_nulls(OmegaConf.to_container(source, resolve=True))
     cfg = OmegaConf.create(plain)
     method, rule = _find_classes(plain)
-    _fill_in(cfg, validate(schema_of(method, rule), plain))
-    _refuse_unusable_numbers(plain)
+    _check_and_fill(cfg, plain, schema_of(method, rule))
     if cfg.get("weighting") is None:
         cfg.weighting = {"name": DEFAULT_WEIGHTING if takes_weighting(cfg.method) else "fixed"}
     return cfg, method, rule
+
+
+def complete_blocks(source: DictConfig, model: type[Block]) -> DictConfig:
+    """As :func:`complete`, for a configuration that trains nothing.
+
+    Args:
+        source: see :func:`prepare`.
+        model: declares its keys.
+
+    Raises:
+        ConfigError: names the first key that cannot be used.
+    """
+    plain: Any = _without_nulls(OmegaConf.to_container(source, resolve=True))
+    cfg = OmegaConf.create(plain)
+    _check_and_fill(cfg, plain, model)
+    return cfg
+
+
+def _check_and_fill(cfg: DictConfig, plain: dict[str, Any], model: type[Block]) -> None:
+    """Checks the values of ``plain`` and fills the defaults of those left out into ``cfg``."""
+    _fill_in(cfg, validate(model, plain))
+    _refuse_unusable_numbers(plain)
 
 
 def run_dir(cfg: DictConfig) -> Path:

@@ -77,7 +77,7 @@ from grap_solo.training.signals import (
     end_after_step_on_sigterm,
     explain_machine_failure,
 )
-from grap_solo.training.starting_weights import load_backbone
+from grap_solo.training.starting_weights import start_backbone
 from grap_solo.training.trainer import key_that_ended, make_trainer
 from grap_solo.training.trials import folder_of_trial, set_trial_aside
 from grap_solo.weighting import find_weighting
@@ -145,7 +145,7 @@ def _train_into_folder(source: DictConfig, cfg: DictConfig, callbacks: Sequence[
     if cfg.resume_from_checkpoint is not None:
         check_fits(cfg, model, start, "resume_from_checkpoint")
     if cfg.pretrained_feature_extractor is not None and start.path is None:
-        loaded = load_backbone(model, Path(cfg.pretrained_feature_extractor))
+        loaded = start_backbone(model, Path(cfg.pretrained_feature_extractor))
         if is_first_process():
             print(f"{cfg.name}: {loaded}", flush=True)
     _make_run_folder(directory)

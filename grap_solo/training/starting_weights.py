@@ -1,4 +1,4 @@
-"""Starts a backbone from a file of weights, of ours or of another tool."""
+"""Loads a backbone from a file of weights, of ours or of another tool."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grap_solo.errors import ConfigError
 from grap_solo.methods import CompositeMethod
 from grap_solo.solo import BaseMomentumMethod
+from grap_solo.solo.exported import EXPORTED_WEIGHTS
 from grap_solo.training.checkpoints import find_not_finite
 
 ENTRIES = ("state_dict", "model_state_dict", "teacher", "student", "model", "encoder", "backbone")
@@ -44,27 +45,54 @@ LISTED = 4
 """How many keys or parts a text lists."""
 
 
-def load_backbone(model: CompositeMethod, path: Path) -> str:
-    """Starts the backbone and its momentum copy from a file of weights.
-
-    The file may hold a run's checkpoint, another tool's, or a bare state dict, as torch's file or
-    as safetensors. The weights are those whose keys, after a common prefix, are the backbone's.
+def start_backbone(model: CompositeMethod, path: Path) -> str:
+    """Starts a method's backbone and its momentum copy from a file of weights.
 
     Args:
         model: the method, before it is trained.
         path: the file.
 
     Returns:
-        One line that names the entry and prefix of the weights, and the keys left out.
+        See :func:`load_weights`.
+
+    Raises:
+        ConfigError: see :func:`load_weights`.
+    """
+    said = load_weights(
+        model.backbone,
+        path,
+        f"pretrained_feature_extractor: {path}",
+        model.cfg.backbone.name,
+        "set backbone.name and backbone.kwargs to that backbone's",
+    )
+    if isinstance(model, BaseMomentumMethod):
+        model.momentum_backbone.load_state_dict(model.backbone.state_dict())
+    return f"backbone from {path}: {said}"
+
+
+def load_weights(backbone: nn.Module, path: Path, key: str, name: str, fix: str) -> str:
+    """Loads a file of weights, of ours or of another tool, into a backbone.
+
+    The file may hold a run's checkpoint, another tool's, or a bare state dict, as torch's file or
+    as safetensors. The weights are those whose keys, after a common prefix, are the backbone's.
+
+    Args:
+        backbone: built as the file's weights need it.
+        path: the file.
+        key: the key or flag that names the file, and its value, for the errors.
+        name: the backbone's name, for the errors.
+        fix: what to do if the weights are another backbone's.
+
+    Returns:
+        The entry and prefix of the weights, and the keys left out.
 
     Raises:
         ConfigError: no such file, its keys or shapes are not the backbone's, or a number is not
             finite.
     """
-    key = f"pretrained_feature_extractor: {path}"
-    wanted = model.backbone.state_dict()
+    wanted = backbone.state_dict()
     content = _read_weights_file(path, key)
-    candidates = list(_candidates(content, wanted))
+    candidates = list(_candidates(content, wanted, _classifiers(backbone)))
     if not candidates:
         keys = [name for _, state in _state_dicts(content) for name in state]
         held = f"its keys are {_shorten(keys)}" if keys else "there are no weights in it"
@@ -73,9 +101,8 @@ def load_backbone(model: CompositeMethod, path: Path) -> str:
     if not fitting:
         nearest = max(candidates, key=lambda each: _count_same(each.found, wanted))
         raise ConfigError(
-            f"{key}: its {nearest.where} does not fit {model.cfg.backbone.name}: "
-            f"{_first_misfit(nearest.found, wanted)}: set backbone.name and backbone.kwargs to "
-            "that backbone's"
+            f"{key}: its {nearest.where} does not fit {name}: "
+            f"{_first_misfit(nearest.found, wanted)}: {fix}"
         )
     chosen, *others = fitting
     found = chosen.found
@@ -86,12 +113,16 @@ def load_backbone(model: CompositeMethod, path: Path) -> str:
         raise ConfigError(
             f"{key}: '{bad}' of its {chosen.where} is not finite: give an earlier checkpoint"
         )
-    model.backbone.load_state_dict(kept)
-    if isinstance(model, BaseMomentumMethod):
-        model.momentum_backbone.load_state_dict(kept)
+    backbone.load_state_dict(kept)
     out = f", without {_shorten(chosen.left)}" if chosen.left else ""
     also = f" ({_shorten([each.where for each in others])} would fit too)" if others else ""
-    return f"backbone from {path}: its {chosen.where}{out}{also}"
+    return f"its {chosen.where}{out}{also}"
+
+
+def _classifiers(backbone: nn.Module) -> tuple[str, ...]:
+    """The names that the classifier of one of timm's models has beside the backbone's parts."""
+    named = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 def _read_weights_file(path: Path, key: str) -> Any:
@@ -100,6 +131,10 @@ def _read_weights_file(path: Path, key: str) -> Any:
     Raises:
         ConfigError: not such a file.
     """
+    if path.is_dir():
+        raise ConfigError(
+            f"{key}: a folder: give a file in it, such as an export's {EXPORTED_WEIGHTS}"
+        )
     if not path.is_file():
         raise ConfigError(f"{key}: no such file: give a checkpoint or a state dict")
     try:
@@ -133,8 +168,11 @@ class Candidate:
     left: list[str]
 
 
-def _candidates(content: Any, wanted: Mapping[str, Tensor]) -> Iterator[Candidate]:
-    """Every part of a file that may be the backbone, the preferred ones first."""
+def _candidates(
+    content: Any, wanted: Mapping[str, Tensor], classifiers: tuple[str, ...]
+) -> Iterator[Candidate]:
+    """Every part of a file that may be the backbone, the preferred ones first. Those of its
+    classifiers are left out."""
     modules = {name.partition(".")[0] for name in wanted}
     for entry, state in _state_dicts(content):
         for prefix in sorted(_prefixes(state, wanted), key=_rank_of_prefix):
@@ -143,6 +181,8 @@ def _candidates(content: Any, wanted: Mapping[str, Tensor]) -> Iterator[Candidat
                 name = _without_wrapper(key.removeprefix(prefix))
                 if not key.startswith(prefix):
                     left.add(_branch(key, prefix))
+                elif name not in wanted and name.rpartition(".")[0] in classifiers:
+                    left.add(name.rpartition(".")[0])
                 elif name.partition(".")[0] in modules:
                     found[name] = value
                 else:
@@ -207,17 +247,19 @@ def _count_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> in
 
 
 def _first_misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Says in which keys or shapes tensors are not the backbone's; empty if they are.
+    """Names the first keys and the first shape in which tensors are not the backbone's; empty if
+    they are.
 
     A batch-norm's count of batches, which old files lack, may be missing."""
-    for name, value in wanted.items():
-        if name in found and found[name].shape != value.shape:
-            theirs, ours = tuple(found[name].shape), tuple(value.shape)
-            return f"{name} has shape {theirs}, not {ours}"
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in found if k not in wanted]
     texts = [f"it lacks {_shorten(missing)}"] if missing else []
     texts += [f"it also has {_shorten(unexpected)}"] if unexpected else []
+    for name, value in wanted.items():
+        if name in found and found[name].shape != value.shape:
+            theirs, ours = tuple(found[name].shape), tuple(value.shape)
+            texts.append(f"{name} has shape {theirs}, not {ours}")
+            break
     return "; ".join(texts)
 
 

@@ -18,7 +18,7 @@ from grap_solo.compose import compose
 from grap_solo.evaluation.offline import rankme
 from grap_solo.experiments.compare import compare
 from grap_solo.experiments.grid import plan, read_grid
-from grap_solo.report.tables import p_values, table_of_methods, table_of_runs
+from grap_solo.report.tables import p_values, table_of_methods, table_of_runs, write_summary
 from grap_solo.training.config import prepare, terms_of
 from grap_solo.weighting import WEIGHTINGS
 
@@ -316,6 +316,26 @@ def test_what_cannot_be_tested_is_left_open():
     assert np.isnan(p_values(without, ["a", "b"])).all()
     table = table_of_methods(runs, ["fixed", "one"], {"fixed": {"median": 1, "min": 1, "max": 1}})
     assert table["cost"].tolist()[0] == 1 and np.isnan(table["cost"].tolist()[1])
+
+
+def test_a_run_without_a_figure_leaves_a_gap_and_says_why(tmp_path):
+    found = results(fixed=[90.0, None, 92.0], one=[None, None])
+    for each in found:
+        each |= {"regulariser": 1.0, "notes": {}}
+        if each["linear"] is None:
+            each |= {"knn": None, "notes": {"linear": "embeddings are constant"}}
+    del found[0]["regulariser"]  # As earlier versions left it.
+    runs = table_of_runs(found)
+    table = table_of_methods(runs, ["fixed", "one"], {})
+    assert table["linear_mean"].tolist()[0] == 91 and np.isnan(table["linear_mean"].tolist()[1])
+    assert table["runs"].tolist() == [3, 2] and np.isnan(table["p_value"]).all()
+    notes = package._notes_of_runs(found)
+    assert "fixed, seed 1: linear probe: embeddings are constant." in notes
+    assert "1 of the runs were evaluated by an earlier version" in notes
+    text = write_summary(tmp_path, runs, table, f"Notes.{notes}")
+    assert "| one " in text and "nan" not in text
+    assert package._say_linear(found[1]) == "no linear probe: embeddings are constant"
+    assert package._say_linear(found[0]) == "linear 90.00 %"
 
 
 def test_rankme_counts_dimensions():

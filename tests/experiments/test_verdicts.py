@@ -118,3 +118,10 @@ def test_a_weight_that_stays_at_0_came_no_nearer():
     end = {"invariance": 1, "variance": 1, "covariance": 0}
     assert "came no nearer" in describe_approach(end, end, VICREG)
     assert math.isinf(find_farthest(end, VICREG)[2])
+
+
+def test_runs_without_a_linear_probe_are_not_compared():
+    text = describe_accuracies({"grap": None, "default": 90.0, "equal": None}, 540)
+    assert text == (
+        "The embeddings of grap and equal allow no linear probe, so nothing can be compared."
+    )

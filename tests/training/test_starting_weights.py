@@ -3,13 +3,14 @@
 import argparse
 
 import pytest
+import timm
 import torch
 from helpers import method_config
 from safetensors.torch import save_file
 
 from grap_solo import ConfigError
 from grap_solo.methods import find_method
-from grap_solo.training.starting_weights import load_backbone
+from grap_solo.training.starting_weights import start_backbone
 
 
 def build(seed, method="all4one", backbone="test_resnet"):
@@ -55,7 +56,7 @@ def test_a_backbone_is_found_under_any_prefix_and_entry(entry, prefix, donor, tm
         content = {name: content, "epoch": 3, "optimizer": {"state": {0: torch.ones(2)}}}
     torch.save(content, tmp_path / "file.pth")
     model = build(2)
-    line = load_backbone(model, tmp_path / "file.pth")
+    line = start_backbone(model, tmp_path / "file.pth")
     for network in (model.backbone, model.momentum_backbone):
         for name, value in network.state_dict().items():
             assert torch.equal(value, donor.backbone.state_dict()[name]), name
@@ -68,7 +69,7 @@ def test_files_of_both_kinds_are_read(suffix, donor, tmp_path):
     state, file = donor.backbone.state_dict(), tmp_path / f"file{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     model = build(2, "vicreg")
-    assert load_backbone(model, file) == f"backbone from {file}: its state dict"
+    assert start_backbone(model, file) == f"backbone from {file}: its state dict"
     assert all(torch.equal(v, state[k]) for k, v in model.backbone.state_dict().items())
 
 
@@ -77,7 +78,7 @@ def test_a_runs_own_checkpoint_gives_its_backbone_not_its_momentum_copy(donor, t
     state |= prefixed(zeros(donor.backbone.state_dict()), "momentum_backbone.")
     torch.save({"state_dict": state}, tmp_path / "run.ckpt")
     model = build(2, "vicreg")
-    line = load_backbone(model, tmp_path / "run.ckpt")
+    line = start_backbone(model, tmp_path / "run.ckpt")
     assert "its entry 'state_dict', keys 'backbone.*', without " in line
     assert "keys 'momentum_backbone.*' would fit too" in line
     expected = donor.backbone.state_dict()
@@ -89,12 +90,34 @@ def test_of_teacher_and_student_the_teacher_is_taken_unless_it_is_empty(donor, t
     both = {"student": prefixed(zeros(state), "module."), "teacher": prefixed(state, "module.")}
     torch.save(both, tmp_path / "both.pth")
     model = build(2, "vicreg")
-    line = load_backbone(model, tmp_path / "both.pth")
+    line = start_backbone(model, tmp_path / "both.pth")
     assert "its entry 'teacher'" in line and "entry 'student', keys 'module.*' would fit" in line
     assert torch.equal(model.backbone.conv1[0].weight, donor.backbone.conv1[0].weight)
     torch.save({**both, "teacher": {}}, tmp_path / "student.pth")
-    assert "its entry 'student'" in load_backbone(model, tmp_path / "student.pth")
+    assert "its entry 'student'" in start_backbone(model, tmp_path / "student.pth")
     assert not model.backbone.conv1[0].weight.any()
+
+
+def test_a_classifier_within_a_part_of_the_backbone_is_left_out(tmp_path):
+    """As ConvNeXt's, whose ``head`` has a norm that the backbone keeps."""
+    theirs = timm.create_model("convnext_atto", num_classes=7)
+    torch.save(theirs.state_dict(), tmp_path / "file.pth")
+    model = build(2, "vicreg", "convnext_atto")
+    line = start_backbone(model, tmp_path / "file.pth")
+    assert line.endswith("its state dict, without head.fc")
+    assert torch.equal(model.backbone.head.norm.weight, theirs.head.norm.weight)
+    assert torch.equal(model.backbone.stem[0].weight, theirs.stem[0].weight)
+
+
+def test_a_misfit_names_the_first_missing_and_unexpected_keys_and_the_first_shape(tmp_path):
+    state = build(2, "vicreg").backbone.state_dict()
+    state |= {"layer1.9.bn.bias": torch.ones(1), "bn1.weight": torch.ones(3)}
+    torch.save(without(state, "bn1.bias"), tmp_path / "file.pth")
+    message = (
+        r"it lacks bn1\.bias; it also has layer1\.9\.bn\.bias; bn1\.weight has shape \(3,\), not"
+    )
+    with pytest.raises(ConfigError, match=message):
+        start_backbone(build(2, "vicreg"), tmp_path / "file.pth")
 
 
 def without(state, *names):
@@ -134,7 +157,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(name, donor, tmp_path):
     model = build(2)
     before = {k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
     with pytest.raises(ConfigError, match=message) as error:
-        load_backbone(model, tmp_path / "file.pth")
+        start_backbone(model, tmp_path / "file.pth")
     assert str(error.value).startswith("pretrained_feature_extractor: ")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
@@ -144,4 +167,4 @@ def test_what_does_not_fit_is_named_and_changes_nothing(name, donor, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_refused(name, tmp_path):
     (tmp_path / name).write_text("foreign")
     with pytest.raises(ConfigError, match="not a checkpoint, or one cut short"):
-        load_backbone(build(2), tmp_path / name)
+        start_backbone(build(2), tmp_path / name)
