@@ -32,7 +32,7 @@ HELD_OUT = 5
 MOST_ITERATIONS = 10_000
 
 ALL_MEASURES = ("linear", "knn", "rankme", "alpha_req")
-"""What :func:`measure_embeddings` can compute."""
+"""The measures of :func:`measure_embeddings`."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ RUNS = {
 
 SETTING = ("data.batched=True",)
 """Keys of all runs: views made a batch at a time take less time."""
-MINUTES = 5
+MINUTES = 8
 """How long the demo takes on two cores, if nothing is overridden."""
 OWN_KEYS = ("name", "method", "checkpoint.dir", "fast_dev_run")
 """Keys that cannot be overridden: the demo tells its runs apart by them, and reads their files."""

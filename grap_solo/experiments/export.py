@@ -40,7 +40,7 @@ OF_ONE_MACHINE = ("checkpoint", "wandb")
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 FROM_TIMM = ("first_conv", "classifier", "fixed_input_size", "min_input_size")
-"""What an export takes over from timm's own description of an architecture."""
+"""The keys of timm's own description of an architecture that an export keeps."""
 
 
 def export(run: Path, form: str | None = None, to: Path | None = None) -> Path:

@@ -264,7 +264,7 @@ def _load_timm_folder(folder: Path) -> nn.Module:
 
 
 def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
-    """What timm says of a model's images; empty for torchvision's."""
+    """timm's description of a model's images; empty for torchvision's models."""
     return getattr(model, "pretrained_cfg", None) or {}
 
 

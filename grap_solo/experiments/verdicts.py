@@ -26,7 +26,7 @@ CONCLUSIONS = {
     ("level with", "below"): "GraP did not help here.",
     ("below", "below"): "GraP did not help here: its weights are the worst of the three.",
 }
-"""What the verdicts on GraP against the default and against equal weights mean together."""
+"""The conclusion from two verdicts: GraP against the default weights, and against equal ones."""
 
 
 def noise_margin(accuracies: Sequence[float], images: int) -> float:
