@@ -40,7 +40,7 @@ from grap_solo.records.files import (
 from grap_solo.report.tables import format_number, markdown
 
 LIDAR_IMAGES, LIDAR_VIEWS = 1_000, 10
-"""From how many images and views of each LiDAR is computed. The paper takes 50 views."""
+"""From how many images and views of each LiDAR is computed."""
 
 UMAP_IMAGES = 10_000
 """The most images of a UMAP picture."""

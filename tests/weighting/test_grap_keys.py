@@ -33,6 +33,14 @@ def is_given(gramian, products):
     return Statistics(torch.ones(3, dtype=torch.float64), gramian, products, one)
 
 
+def without_the_second():
+    """Statistics of a step in which the second term has no gradient."""
+    keep = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    stats = statistics(0)
+    gramian, products = stats.gramian * torch.outer(keep, keep), stats.products * keep
+    return Statistics(stats.losses, gramian, products, stats.downstream_norm)
+
+
 # ---- parametrization ------------------------------------------------------------------------
 
 
@@ -144,14 +152,7 @@ def test_a_balanced_start_is_equal_until_a_step_was_learned_from():
 
 
 def test_a_balanced_start_survives_a_term_without_a_gradient():
-    stats = statistics(0)
-    keep = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    gone = Statistics(
-        stats.losses,
-        stats.gramian * torch.outer(keep, keep),
-        stats.products * keep,
-        stats.downstream_norm,
-    )
+    gone = without_the_second()
     weighting = grap(start="balanced")
     for _ in range(3):
         effective = weighting(gone)
@@ -192,14 +193,7 @@ def test_norms_of_one_step_alone_are_plain_grap():
 
 
 def test_a_term_without_a_gradient_has_cosines_of_0():
-    stats = statistics(0)
-    keep = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    gone = Statistics(
-        stats.losses,
-        stats.gramian * torch.outer(keep, keep),
-        stats.products * keep,
-        stats.downstream_norm,
-    )
+    gone = without_the_second()
     weighting, plain = grap(norm_ema=0.0, optimizer="sgd"), grap(optimizer="sgd")
     torch.testing.assert_close(weighting(gone), plain(gone))
     torch.testing.assert_close(weighting.weights, plain.weights)
