@@ -27,9 +27,9 @@ from grap_solo.training.run import pretrain
 from grap_solo.weighting import WEIGHTINGS
 
 RULES = {
-    "grap": {"name": "grap", "scale": "unit"},
+    "grap": {"name": "grap", "recipe": "alg1", "scale": "unit"},
     "grap_held_out": {"name": "grap"},
-    "grap_ema": {"name": "grap", "ema": 0.5},
+    "grap_ema": {"name": "grap", "recipe": "alg1", "ema": 0.5},
     "grap_paper": {"name": "grap", "recipe": "paper", "average_first": 2, "ema": 0.5},
     "grap_aligned_mtl": {"name": "grap", "shared_heads": "aligned_mtl", "regularization": 1.0},
     "gradnorm": {"name": "gradnorm"},
@@ -67,6 +67,7 @@ def steps(part, rule, count=4):
     backbone, head, probe, (images, others), labels = problem()
     images, others, labels = images[part], others[part], labels[part]
     weighting = build_weighting(RULES[rule], ["a", "b"], {"a": 0.5, "b": 2.0}).double()
+    weighting.set_total_steps(50)
 
     shared = SharedHead(["a", "b"], head.parameters()) if rule == "grap_aligned_mtl" else None
 
@@ -155,6 +156,7 @@ def traffic(rank):
 
         for rule in ("grap", "fixed"):
             weighting = build_weighting({"name": rule}, ["a", "b"]).double()
+            weighting.set_total_steps(4)
             step = balance(backbone(images[0]), terms, downstream, weighting)
             finite[f"{rule} {case}"] = bool(step.finite)
     dist.all_reduce = original

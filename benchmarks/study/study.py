@@ -32,45 +32,48 @@ def grap(**keys: Any) -> dict[str, Any]:
     return {"weighting": {"name": "grap", **keys}}
 
 
-def per_run(rate: float, **keys: Any) -> dict[str, Any]:
-    """A GraP variant with a learning rate per run and, if nothing else is said, weighted heads."""
-    return grap(**{"lr_per_run": rate, "heads": "weighted", **keys})
+def adding(rate: float, **keys: Any) -> dict[str, Any]:
+    """A GraP variant from equal weights whose steps add to them, with a learning rate per run."""
+    given = {"lr_per_run": rate, "parametrization": "clip", "start": "equal", "heads": "weighted"}
+    return grap(**given | keys)
+
+
+def factors(rate: float, **keys: Any) -> dict[str, Any]:
+    """A GraP variant whose steps multiply weights that start where the gradients' norms are
+    equal, with a learning rate per run."""
+    return adding(rate, **{"parametrization": "exp", "start": "balanced"} | keys)
 
 
 VARIANTS = {
-    # The paper: Alg. 1 is the rule's default before this study; the recipe is its authors' code.
-    "alg1": grap(lr=0.1),
+    # The paper: its Alg. 1, and the recipe of its authors' code.
+    "alg1": grap(lr=0.1, parametrization="clip", start="equal", heads="unweighted"),
     "recipe": grap(recipe="paper"),
     # How far the weights can move in a run. The first is a control: equal weights that stay, but on
     # GraP's scale and with its heads.
-    "rate0": per_run(1e-6),
-    "rate0.3": per_run(0.3),
-    "rate1": per_run(1.0),
-    "rate2": per_run(2.0),
-    "rate6": per_run(6.0),
+    "rate0": adding(1e-6),
+    "rate0.3": adding(0.3),
+    "rate1": adding(1.0),
+    "rate2": adding(2.0),
+    "rate6": adding(6.0),
     # Weights as factors, and a start from equal norms of the gradients. `balanced0` is a control:
     # weights that stay where they start.
-    "exp1": per_run(1.0, parametrization="exp"),
-    "exp2": per_run(2.0, parametrization="exp"),
-    "exp4": per_run(4.0, parametrization="exp"),
-    "balanced0": per_run(1e-6, start="balanced"),
-    "balanced_rate1": per_run(1.0, start="balanced"),
-    "balanced_exp1": per_run(1.0, parametrization="exp", start="balanced"),
-    "balanced_exp2": per_run(2.0, parametrization="exp", start="balanced"),
-    "balanced_exp4": per_run(4.0, parametrization="exp", start="balanced"),
-    # How the heads are trained.
-    "rate1_unweighted": per_run(1.0, heads="unweighted"),
-    "rate1_reference": per_run(1.0, heads="reference"),
-    "alg1_weighted": grap(lr=0.1, heads="weighted"),
-    # The rest, one factor at a time.
-    "rate1_ema0.9": per_run(1.0, ema=0.9),
-    "rate1_ema0.99": per_run(1.0, ema=0.99),
-    "rate1_abs": per_run(1.0, parametrization="abs"),
-    "rate1_late": per_run(1.0, warmup_epochs=4),
-    "rate1_regularized": per_run(1.0, regularization=0.1),
-    "rate1_held_out": per_run(1.0) | {"labels": {"split": "held_out", "fraction": 0.1}},
-    "rate1_fast_probe": per_run(1.0) | {"optimizer": {"classifier_lr": 0.1}},
+    "exp1": adding(1.0, parametrization="exp"),
+    "exp2": adding(2.0, parametrization="exp"),
+    "exp4": adding(4.0, parametrization="exp"),
+    "balanced0": adding(1e-6, start="balanced"),
+    "balanced_rate1": adding(1.0, start="balanced"),
+    "balanced_exp1": factors(1.0),
+    "balanced_exp2": factors(2.0),
+    "balanced_exp4": factors(4.0),
+    # From the chosen variant, one factor at a time.
+    "unweighted_heads": factors(2.0, heads="unweighted"),
+    "ema0.9": factors(2.0, ema=0.9),
+    "ema0.99": factors(2.0, ema=0.99),
+    "late": factors(2.0, warmup_epochs=4),
+    "held_out": factors(2.0) | {"labels": {"split": "held_out", "fraction": 0.1}},
+    "fast_probe": factors(2.0) | {"optimizer": {"classifier_lr": 0.1}},
 }
+SCREENED = ["unweighted_heads", "ema0.9", "ema0.99", "late", "held_out", "fast_probe"]
 
 CONFIRMED = ["fixed", "equal", "alg1", "balanced_exp2"]
 BASELINES = ["random", "gradnorm", "dwa", "uncertainty", "mgda", "upgrad"]
@@ -83,8 +86,8 @@ STAGES: dict[str, tuple[list[str], list[int]]] = {
         ["exp2", "balanced0", "balanced_rate1", "balanced_exp1", "balanced_exp2", "balanced_exp4"],
         [1, 2],
     ),
-    "screen": (["fixed", "equal", *VARIANTS], [1, 2, 3]),
-    "baselines": (["fixed", *BASELINES], [1, 2, 3]),
+    "screen": (["balanced_exp2", "balanced0", *SCREENED], [1, 2, 3]),
+    "baselines": (["fixed", "equal", "balanced_exp2", *BASELINES], [1, 2, 3]),
     "confirm": (CONFIRMED, [11, 12, 13, 14]),
 }
 

@@ -48,7 +48,7 @@ def test_a_learning_rate_that_depends_on_the_trainer_is_timed_without_one(rule):
 def test_k_backwards_trains_the_heads_as_the_surrogate_does():
     gradients = []
     for surrogate in (None, k_backwards):
-        cfg = configuration("grap")
+        cfg = configuration("grap, recipe: alg1")
         mine = Contender(cfg, random_batch(cfg), surrogate=surrogate)
         torch.manual_seed(0)
         mine.seconds()

@@ -51,7 +51,8 @@ def test_held_weights_train_backbone_and_heads_as_the_run_did(heads):
     torch.manual_seed(0)
     network, x = Network().double(), torch.randn(8, 6, dtype=torch.float64)
     reference = {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
-    learned = build_weighting({"name": "grap", "heads": heads}, TERMS, reference)
+    block = {"name": "grap", "recipe": "alg1", "heads": heads}
+    learned = build_weighting(block, TERMS, reference)
     learned.weights.copy_(torch.tensor([1.0, 0.4, 0.0]))
     learned.eval()
     step, expected = copy.deepcopy(network).step(learned, x)

@@ -64,6 +64,7 @@ def build(name, **changes):
         if isinstance(module, torch.nn.MultiheadAttention):
             module.dropout = 0.0
     model.log = model.log_dict = lambda *args, **kwargs: None
+    model.weighting.set_total_steps(8)  # There is no trainer that knows it.
     return model
 
 
@@ -88,7 +89,7 @@ def outputs_of(model, views):
 @pytest.mark.parametrize("separate", [False, True], ids=["one_projector", "separate"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_grap_step_is_algorithm_1_on_the_real_terms(name, separate, shared_heads):
-    block = {"name": "grap", "shared_heads": shared_heads}
+    block = {"name": "grap", "recipe": "alg1", "shared_heads": shared_heads}
     model = build(name, method_kwargs={"separate_projectors": separate}, weighting=block)
     for seed in range(2):
         take_step(model, doubled(seed))
@@ -236,6 +237,7 @@ def own(**changes):
     base = {"backbone": {"name": "test_resnet"}, "weighting": {"name": "grap"}}
     cfg = OmegaConf.merge(method_config("test_methods:Momentum", **base), OmegaConf.create(changes))
     model = Momentum(cfg)
+    model.weighting.set_total_steps(8)
     model.log = model.log_dict = lambda *args, **kwargs: None
     return model
 

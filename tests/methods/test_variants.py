@@ -193,6 +193,7 @@ def test_the_diagnostics_are_the_cosines_of_the_gradients(tmp_path):
     assert "skipped/unlabelled" in metrics and "alignment/barlow" in metrics
 
     model = GrapAll4One(all4one_config(weighting={"name": "grap"})).double()
+    model.weighting.set_total_steps(8)
     model.log_dict = model.log = lambda *args, **kwargs: None
     steps = []
 
@@ -285,7 +286,7 @@ def test_retrain_from_several_runs_writes_out_what_it_trains(seeds, tmp_path, mo
                  "max_epochs=1"]) == 0  # fmt: skip
     written = yaml.safe_load((tmp_path / "grap-seed1_tuned" / "config.yaml").read_text())
     expected = pooled_weights([run.directory / "weights.csv" for run in seeds], [0, 0], (1, 1))
-    block = {"name": "fixed", "weights": expected, "heads": "unweighted"}
+    block = {"name": "fixed", "weights": expected}
     assert written["weighting"] == block
     assert written["tuned_from"] == {"runs": folders, "epochs": [1, 1], "last": None}
     again = pretrain(compose(tmp_path / "grap-seed1_tuned" / "config.yaml", ["name=again"]))

@@ -236,10 +236,10 @@ def array(on_a_cluster):
     Returns:
         Where it was started, the exit code, and what was printed on stderr.
     """
-    root = on_a_cluster(SIGNAL_AT="runs/sweep-grap-digits/lr0.1-sum-seed5/checkpoints/"
-                        "lr0.1-sum-seed5-ep0.ckpt")  # fmt: skip
+    root = on_a_cluster(SIGNAL_AT="runs/sweep-grap-digits/rate2-sum-seed5/checkpoints/"
+                        "rate2-sum-seed5-ep0.ckpt")  # fmt: skip
     sweep = ["--config-dir", "configs", "+sweeps/multirun=grap", "+slurm/launch=submitit"]
-    sweep += ["weighting.lr=0.1,0", "weighting.normalization=sum", "seed=5"]
+    sweep += ["weighting.lr_per_run=2,0", "weighting.normalization=sum", "seed=5"]
     # So short a time that submitit takes every signal for the end of it.
     sweep += [*SMALL, "max_epochs=3", "hydra.launcher.timeout_min=1"]
     with redirect_stderr(io.StringIO()) as errors:
@@ -283,7 +283,7 @@ def test_a_sweep_is_an_array_of_jobs(array):
     assert how_jobs_ended(root, 2) == ["COMPLETED", "COMPLETED"]
     sweep = root / "runs" / "sweep-grap-digits"
     assert {path.name for path in sweep.iterdir()} == {
-        "lr0.1-sum-seed5", "multirun.yaml", ".submitit",
+        "rate2-sum-seed5", "multirun.yaml", ".submitit",
     }  # fmt: skip
 
 
@@ -292,12 +292,12 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(array):
     root, *_ = array
     (requeued,) = (root / "cluster").glob("requeued-*")
     assert requeued.name.endswith("_0.done")
-    run = root / "runs" / "sweep-grap-digits" / "lr0.1-sum-seed5"
+    run = root / "runs" / "sweep-grap-digits" / "rate2-sum-seed5"
     _, steps, _ = read_weights(run / "weights.csv")
     assert steps[:, 0].tolist() == list(range(1, 10))
     assert (run / "trained.json").exists()
     (log,) = (text for name, text in logs(root).items() if name.endswith("_0_0_log.out"))
-    first, second = re.findall(r"^lr0.1-sum-seed5: grap_all4one.*", log, re.MULTILINE)
+    first, second = re.findall(r"^rate2-sum-seed5: grap_all4one.*", log, re.MULTILINE)
     assert "resuming" not in first and re.search(r"resuming after epoch [01]$", second)
 
 
@@ -305,9 +305,9 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(array):
 def test_a_job_that_is_refused_is_reported_where_it_was_submitted(array):
     root, code, errors = array
     assert code == 2 and "Traceback" not in errors
-    line = "grap-solo: weighting.lr: expected a number above 0, got 0"
+    line = "grap-solo: weighting.lr_per_run: expected a number above 0, got 0"
     job, message = errors.strip().splitlines()[-2:]
-    assert "weighting.lr=0'" in job and message == line
+    assert "weighting.lr_per_run=0'" in job and message == line
     (log,) = (text for name, text in logs(root).items() if name.endswith("_1_0_log.err"))
     assert line in log.splitlines()
 

@@ -32,6 +32,7 @@ def model_of(*overrides, rule=None):
     if not cfg.performance.disable_channel_last:
         model = model.to(memory_format=torch.channels_last)
     model.log = model.log_dict = lambda *args, **kwargs: None
+    model.weighting.set_total_steps(8)
     return model
 
 
@@ -86,7 +87,7 @@ def heads():
             z,
             lambda z: {"a": head(z).square().mean(), "b": head(z).tanh().sum()},
             lambda z: F.cross_entropy(probe(z), labels),
-            build_weighting({"name": "grap"}, ["a", "b"]).double(),
+            build_weighting({"name": "grap", "lr": 0.1}, ["a", "b"]).double(),
         )
         found.loss.backward()
         return z.grad

@@ -121,7 +121,7 @@ def theirs(net, weights_group, shared_groups=(), **settings):
 
 def ours(net, **keys):
     """The effective weights of each step as :func:`balance` trains ``net``."""
-    weighting = GraP(NAMES, REFERENCE, **keys, recipe="alg1")
+    weighting = GraP(NAMES, REFERENCE, **{"recipe": "alg1"} | keys)
     shared = SharedHead(NAMES, net.projector.parameters())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     path = []
