@@ -1,0 +1,57 @@
+"""The study in benchmarks/study: its variants are runs that can start, its figures are right."""
+
+import importlib.util
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import ROOT
+
+from grap_solo.compose import compose
+from grap_solo.experiments.grid import plan
+from grap_solo.training.config import prepare
+
+
+def load(name):
+    file = ROOT / "benchmarks" / "study" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"study_{name}", file)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_every_run_of_every_stage_can_start(tmp_path):
+    study = load("study")
+    for (data, method), file in study.FILES.items():
+        cfg = compose(file, [f"checkpoint.dir={tmp_path}", f"name={method}-{data}"])
+        methods = {each for names, _ in study.STAGES.values() for each in names}
+        definitions = {each: study.VARIANTS[each] for each in methods & set(study.VARIANTS)}
+        for cell in plan(cfg, sorted(methods), [1], definitions):
+            prepare(cell.cfg)
+
+
+def test_a_variant_means_the_same_whatever_the_rules_defaults_are():
+    """Each names the keys in which the study's variants differ."""
+    for name, variant in load("study").VARIANTS.items():
+        block = variant["weighting"]
+        keys = {"parametrization", "start", "heads"}
+        assert "recipe" in block or (keys <= set(block) and {"lr", "lr_per_run"} & set(block)), name
+
+
+@pytest.mark.parametrize("drawn", [1, 2, 4, 5])
+def test_what_a_random_search_keeps_is_the_mean_over_all_draws(drawn):
+    searches = load("searches")
+    accuracies = np.array([9.0, 7.0, 4.0, 2.0, 1.0])
+    draws = [max(each) for each in itertools.combinations(accuracies, drawn)]
+    assert searches.chances(5, drawn) @ accuracies == pytest.approx(np.mean(draws))
+
+
+def test_the_table_of_searches_keeps_the_best_online_probe_and_reports_the_rest():
+    runs = pd.DataFrame({
+        "a": [1, 1, 5, 5], "b": [1, 1, 1, 1], "seed": [1, 2, 1, 2], "online": [50.0, 60, 40, 44],
+        "linear": [70.0, 72, 90, 92], "knn": 1.0, "rankme": 2.0, "reason": "",
+    })  # fmt: skip
+    *_, one, both = load("searches").search_table(runs, 80).splitlines()
+    assert one == "| 1 | 48.50 | 81.00 | 1.00 | 2.00 | 50 % |"
+    assert both == "| 2 | 55.00 | 71.00 | 1.00 | 2.00 | 0 % |"
