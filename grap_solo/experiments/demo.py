@@ -57,8 +57,8 @@ class DemoPlan:
 
 
 PLANS = (
-    DemoPlan("All4One", "all4one", 16, ("default", "equal", "grap", "grap_tuned"), untrained=True),
-    DemoPlan("VICReg", "vicreg", 20, ("default", "equal", "grap")),
+    DemoPlan("All4One", "all4one", 10, ("default", "equal", "grap", "grap_tuned"), untrained=True),
+    DemoPlan("VICReg", "vicreg", 10, ("default", "equal", "grap")),
 )
 RUNS = {
     "default": "the weights that its authors chose by hand",
@@ -70,7 +70,7 @@ RUNS = {
 
 SETTING = ("data.batched=True",)
 """Keys of all runs: views made a batch at a time take less time."""
-MINUTES = 8
+MINUTES = 6
 """How long the demo takes on two cores, if nothing is overridden."""
 OWN_KEYS = ("name", "method", "checkpoint.dir", "fast_dev_run")
 """Keys that cannot be overridden: the demo tells its runs apart by them, and reads their files."""
