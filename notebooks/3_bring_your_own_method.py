@@ -107,7 +107,7 @@ for name, value in zip(diagnostic_names(weighting.terms), diagnose(step).tolist(
 # %% [markdown]
 # ## A LightningModule of your own
 #
-# Return `step.loss` from `training_step`; nothing else changes. Automatic optimisation stays on, so
+# Return `step.loss` from `training_step`, and tell the weighting how long the run is. Automatic optimisation stays on, so
 # gradient clipping, accumulation, schedulers, DDP and mixed precision work as they do for any
 # module. The weighting is a submodule, so the checkpoint saves its state.
 
@@ -129,6 +129,9 @@ class LitAutoencoder(pl.LightningModule):
         self.log_dict({f"weight/{k}": w for k, w in zip(self.weighting.terms, step.weights)})
         return step.loss
 
+    def on_train_start(self):  # GraP's learning rate is one for the whole run.
+        self.weighting.set_total_steps(self.trainer.max_epochs * self.trainer.num_training_batches)
+
     def on_train_epoch_end(self):
         self.weighting.end_epoch()  # For the rules that count epochs, such as dwa.
 
@@ -148,7 +151,7 @@ def train_with(block):
 
 
 # %%
-for block in ({"name": "equal"}, {"name": "grap", "lr": 0.1}, {"name": "mgda"}, {"name": "upgrad"}):
+for block in ({"name": "equal"}, {"name": "grap"}, {"name": "mgda"}, {"name": "upgrad"}):
     module, trainer = train_with(block)
     weights = {k: round(v.item(), 2) for k, v in trainer.callback_metrics.items()}
     print(f"{block['name']:8} probe {module.model.accuracy():.1f} %  last {weights}")

@@ -71,7 +71,7 @@ def test_main_pretrain_trains_grap_and_main_linear_loads_it(images, tmp_path):
     root = solo_learn_root()
     data = [f"data.train_path={images / 'train'}", f"data.val_path={images / 'val'}"]
     config = ["--config-path", root / "scripts/pretrain/cifar", "--config-name", "all4one.yaml"]
-    block = ["method=grap_all4one", "++weighting={name: grap, lr: 0.1}", "name=plugin"]
+    block = ["method=grap_all4one", "++weighting={name: grap, lr_per_run: 1}", "name=plugin"]
     script = root / "main_pretrain.py"
     run(
         ["-m", "grap_solo.cli", "run", script, *config, *SMALL, *data, *block],

@@ -47,11 +47,26 @@ def test_what_a_random_search_keeps_is_the_mean_over_all_draws(drawn):
     assert searches.chances(5, drawn) @ accuracies == pytest.approx(np.mean(draws))
 
 
+def map_runs(rows):
+    columns = ["a", "b", "seed", "online", "linear"]
+    return pd.DataFrame(rows, columns=columns).assign(knn=1.0, rankme=2.0, reason="")
+
+
 def test_the_table_of_searches_keeps_the_best_online_probe_and_reports_the_rest():
-    runs = pd.DataFrame({
-        "a": [1, 1, 5, 5], "b": [1, 1, 1, 1], "seed": [1, 2, 1, 2], "online": [50.0, 60, 40, 44],
-        "linear": [70.0, 72, 90, 92], "knn": 1.0, "rankme": 2.0, "reason": "",
-    })  # fmt: skip
+    runs = map_runs([(1, 1, 1, 50, 70), (1, 1, 2, 60, 72), (5, 1, 1, 40, 90), (5, 1, 2, 44, 92)])
     *_, one, both = load("searches").search_table(runs, 80).splitlines()
-    assert one == "| 1 | 48.50 | 81.00 | 1.00 | 2.00 | 50 % |"
-    assert both == "| 2 | 55.00 | 71.00 | 1.00 | 2.00 | 0 % |"
+    assert one == "| random | 1 | 48.50 | 81.00 | 1.00 | 2.00 | 50 % |"
+    assert both == "| random | 2 | 55.00 | 71.00 | 1.00 | 2.00 | 0 % |"
+
+
+def test_a_search_by_tpe_climbs_the_online_probe():
+    searches = load("searches")
+    rows = [(a, b, 1, 50 - (a - 2) ** 2 - (b - 4) ** 2, a) for a in range(6) for b in range(6)]
+    pairs = map_runs(rows).groupby(["a", "b"])[["online", "linear"]].mean()
+    pairs = pairs.sort_values("online", ascending=False)
+    found = np.array([searches.kept_by_tpe(pairs, 30, seed) for seed in range(20)])
+    assert (np.diff(found, axis=1) <= 0).all()
+    drawn = searches.chances(36, 1) @ np.arange(36)  # The mean of one pair: 17.5.
+    assert found[:, 0].mean() > drawn / 2 and found[:, -1].mean() < 1.5
+    again = searches.kept_by_tpe(pairs, 30, 3)
+    assert again == found[3].tolist()

@@ -33,7 +33,6 @@ from grap_solo.records.files import (
     WEIGHTS_FILE,
     make_folder,
     only_one,
-    read_config,
     read_json,
     write_json,
 )
@@ -346,7 +345,7 @@ def _costs(cells: Sequence[Cell], directory: Path) -> dict[str, dict[str, float]
 
 def _prepared(cell: Cell) -> DictConfig:
     """Prepares the configuration of a finished run, to build its model again."""
-    source = read_config(cell.directory / CONFIG_FILE)
+    source = OmegaConf.create(read_run_config(cell.directory))
     source.pretrained_feature_extractor = None
     cfg = prepare(source)
     cfg.data.num_classes = resolve_num_classes(cfg.data, load_images(cfg.data, train=False))

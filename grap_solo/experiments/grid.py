@@ -156,7 +156,8 @@ def read_grid(
         if key.partition(".")[0] == "weighting":
             raise ConfigError(
                 f"{key}: each method of a comparison sets its own weighting: define one, such as "
-                "'+definitions={mine: {weighting: {name: grap, lr: 0.3}}}', and add it to methods"
+                "'+definitions={mine: {weighting: {name: grap, lr_per_run: 1}}}', and add it to "
+                "methods"
             )
     given = [each for each in overrides if each.lstrip("+").partition("=")[0] in GRID_KEYS]
     others = [each for each in overrides if each not in given]

@@ -21,6 +21,7 @@ from grap_solo.records.files import (
 from grap_solo.records.weights import course_of_weights, pooled_weights
 from grap_solo.training.checkpoints import epoch_checkpoints
 from grap_solo.training.run import Run, pretrain
+from grap_solo.training.same_run import read_run_config
 from grap_solo.weighting import DEFAULT_WEIGHTING, Fixed, find_weighting
 
 WARMUP = "weighting.warmup_epochs"
@@ -89,7 +90,7 @@ def learned_weighting(
     """
     if schedule and (epochs is not None or last is not None):
         raise ConfigError("retrain: --schedule replays all steps: leave --epochs and the like out")
-    configs = [read_config(each / CONFIG_FILE) for each in parents]
+    configs = [OmegaConf.create(read_run_config(each)) for each in parents]
     files = [each / WEIGHTS_FILE for each in parents]
     if schedule:
         block: dict[str, Any] = {"name": "scheduled", "weights": course_of_weights(files)}

@@ -69,6 +69,7 @@ from grap_solo.training.loggers import is_first_process, wandb_run
 from grap_solo.training.same_run import (
     check_same_data,
     data_fingerprints,
+    keep_config,
     write_fingerprints,
 )
 from grap_solo.training.signals import (
@@ -289,7 +290,7 @@ def _make_run_folder(directory: Path) -> None:
 def _write_configs(source: DictConfig, cfg: DictConfig, directory: Path) -> None:
     """Writes ``config.yaml``, to train from again, and ``args.json`` for solo-learn's scripts."""
     with whole_file(directory / CONFIG_FILE) as file:
-        OmegaConf.save(OmegaConf.create(resolve_source(source)), file)
+        OmegaConf.save(OmegaConf.create(keep_config(resolve_source(source))), file)
     arguments = OmegaConf.to_container(cfg, resolve=True)
     text = json.dumps(arguments, indent=1)
     (directory / CHECKPOINTS_FOLDER / ARGS_FILE).write_text(text, encoding="utf-8")

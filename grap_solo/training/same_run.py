@@ -16,8 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.data import Images, fingerprint
 from grap_solo.errors import ConfigError
+from grap_solo.methods import takes_weighting
 from grap_solo.records.files import CONFIG_FILE, DATA_FILE, read_config, read_json, write_json
 from grap_solo.training.config import complete, device_count
+from grap_solo.weighting import DEFAULT_WEIGHTING, find_weighting
 
 PATHS = {
     "train": "data.train_path",
@@ -121,14 +123,41 @@ def describe_free(differences: Iterable[Difference]) -> str:
     return f"resuming with {', '.join(listed)}" if listed else ""
 
 
+def keep_config(resolved: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The configuration that a run keeps: that it was given, with the keys of its weighting whose
+    defaults another version may have changed.
+
+    Args:
+        resolved: a configuration that can be used, as plain values.
+    """
+    block = dict(resolved.get("weighting") or {})
+    name = block.pop("name", _default_rule(resolved))
+    kept = find_weighting(name).keep_options(block)
+    return {**resolved, "weighting": {"name": name, **kept}} if kept or block else dict(resolved)
+
+
+def _default_rule(plain: Mapping[Any, Any]) -> str:
+    return DEFAULT_WEIGHTING if takes_weighting(str(plain.get("method"))) else "fixed"
+
+
 def read_run_config(directory: Path) -> dict[str, Any]:
-    """The configuration that a run has kept, as plain values.
+    """The configuration that a run has kept, as plain values, with the defaults of the version that
+    has kept it.
 
     Raises:
         ConfigError: see :func:`~grap_solo.records.files.read_config`.
     """
-    plain: Any = OmegaConf.to_container(read_config(directory / CONFIG_FILE))
-    return {str(key): value for key, value in plain.items()}
+    read: Any = OmegaConf.to_container(read_config(directory / CONFIG_FILE))
+    plain = {str(key): value for key, value in read.items()}
+    block = plain.get("weighting") or {}
+    with contextlib.suppress(ConfigError):  # An unknown rule, or none, is refused later on.
+        if isinstance(block, dict):
+            rest = {key: value for key, value in block.items() if key != "name"}
+            name = block.get("name", _default_rule(plain))
+            kept = find_weighting(name).kept_options(rest)
+            if kept or block:
+                plain["weighting"] = {"name": name, **kept}
+    return plain
 
 
 def _with_all_defaults(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,6 +182,24 @@ class Weighting(nn.Module, ABC):
         return treatment | read_keys(cls.keys, given, "weighting")
 
     @classmethod
+    def keep_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that a run keeps, so that a later version trains the same from them.
+
+        Args:
+            given: values by name, as :meth:`read_options` takes them.
+        """
+        return dict(given)
+
+    @classmethod
+    def kept_options(cls, kept: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a run, from what this version or an earlier one has kept of them.
+
+        Args:
+            kept: values by name, as :meth:`keep_options` returns them.
+        """
+        return dict(kept)
+
+    @classmethod
     def check_options(cls, options: Mapping[str, Any], terms: Sequence[str]) -> None:
         """Refuses options that do not fit the terms or what is installed.
 

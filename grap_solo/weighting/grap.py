@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grap_solo.errors import ConfigError
 from grap_solo.weighting.base import CAUSES, Statistics, Weighting, composite_norm
-from grap_solo.weighting.grap_keys import GRAP_KEYS, apply_recipe
+from grap_solo.weighting.grap_keys import GRAP_KEYS, PINNED, apply_recipe, refuse_bare_lr
 from grap_solo.weighting.smoothing import average_on, to_cosines, with_norms
 
 State = list[tuple[Tensor, Tensor]]
@@ -98,7 +98,7 @@ class GraP(Weighting):
     the composite gradient vanishes, or when it would set every weight to 0; ``cause`` says which.
 
     By default ``w`` starts where every term's gradient has the same norm, and a step multiplies it:
-    in a run, however long, each weight can change by a factor of up to exp(2). The heads are
+    in a run, however long, each weight can change by a factor of about exp(2). The heads are
     trained by the weighted terms. In the paper's Alg. 1 (``recipe: alg1``) ``w`` starts at 1, a
     step adds to it, and each head gets its own unweighted gradient. The authors' code multiplies
     that gradient by the reference weights when it rescales the composite (``heads: reference``).
@@ -160,7 +160,23 @@ class GraP(Weighting):
     def read_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """As :meth:`Weighting.read_options`, with the recipe's values. One of ``lr`` and
         ``lr_per_run`` is None."""
-        return super().read_options(apply_recipe(given))
+        options = super().read_options(apply_recipe(given))
+        refuse_bare_lr(given)
+        return options
+
+    @classmethod
+    def keep_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`Weighting.keep_options`: also the keys whose defaults have changed once."""
+        options = cls.read_options(given)
+        pinned = {name: options[name] for name in PINNED if options[name] is not None}
+        return {name: value for name, value in given.items() if value is not None} | pinned
+
+    @classmethod
+    def kept_options(cls, kept: Mapping[str, Any]) -> dict[str, Any]:
+        """As :meth:`Weighting.kept_options`: a run that does not say ``parametrization`` is of a
+        version whose defaults were those of Alg. 1."""
+        own = {name: value for name, value in kept.items() if value is not None}
+        return own if {"parametrization", "recipe"} & set(own) else {"recipe": "alg1"} | own
 
     def set_total_steps(self, steps: float) -> None:
         if self.options["lr_per_run"] is None:
@@ -168,7 +184,7 @@ class GraP(Weighting):
         if not 1 <= steps < math.inf:
             raise ConfigError(
                 f"weighting.lr_per_run: needs a run of a known length, got {steps:g} batches: set "
-                "max_epochs, or give weighting.lr instead"
+                "max_epochs, or give weighting.lr and weighting.parametrization"
             )
         self.lr = self.options["lr_per_run"] / steps
 
@@ -264,7 +280,7 @@ class GraP(Weighting):
         if self.lr is None:
             raise ConfigError(
                 "weighting.lr_per_run: the number of steps of the run is not known: call "
-                "weighting.set_total_steps(N) before the first step, or give weighting.lr"
+                "weighting.set_total_steps(N) before the first step, or give lr and parametrization"
             )
         norm = statistics.downstream_norm
         assert statistics.gramian is not None and norm is not None

@@ -42,7 +42,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 """The keys that each recipe sets. ``average_first`` is their optimiser's default ``warmup``."""
 
 LR_PER_RUN = 2.0
-"""``lr_per_run`` where no learning rate is given: docs/results/study has the reasons."""
+"""``lr_per_run`` where no learning rate is given. docs/results/study compares it with others."""
+
+
+PINNED = ("parametrization", "start", "heads", "lr", "lr_per_run")
+"""The keys that a run's ``config.yaml`` always says."""
 
 
 def _listed(recipe: str) -> str:
@@ -64,8 +68,9 @@ GRAP_KEYS = {
         float,
         above=0,
         optional=True,
-        doc="How far one step moves the learned weights, in place of `lr_per_run`. It is not "
-        "scaled with the batch size.",
+        doc="How far one step moves the learned weights, in place of `lr_per_run`. It needs "
+        "`recipe` or `parametrization`, which say what a step does. It is not scaled with the "
+        "batch size.",
     ),
     "lr_per_run": Key(
         float,
@@ -74,10 +79,10 @@ GRAP_KEYS = {
         doc="How far the learned weights can move in a whole run: `lr` is this number divided by "
         "the run's number of batches on each device, those of `warmup_epochs` included, so that "
         "the weights move the same way in a short run and a long one. With `parametrization: exp` "
-        "the unit is the natural logarithm: 2 lets a weight change by a factor of up to "
-        f"exp(2) = 7.4; with the others it is a weight's start. {LR_PER_RUN:g} if neither `lr` "
-        "nor a recipe with an `lr` is given. In a loop of your own, call "
-        "`weighting.set_total_steps(N)`.",
+        "the unit is the natural logarithm: 2 lets a weight change by a factor of about "
+        "exp(2) = 7.4, and the ratio of two by its square; with the others it is a weight's start. "
+        f"{LR_PER_RUN:g} if neither `lr` nor a recipe with an `lr` is given. In a loop of your "
+        "own, call `weighting.set_total_steps(N)`.",
     ),
     "lr_schedule": Key(
         str,
@@ -118,7 +123,7 @@ GRAP_KEYS = {
         doc="The weights that the run starts from: `equal`, 1 for each term; `balanced`, weights "
         "that give every term's gradient the same norm, on the average of the first 20 steps that "
         "are learned from. The weights that are learned are factors of these, so that multiplying "
-        "a loss by a constant changes nothing.",
+        "a loss by a constant does not change the direction of the composite gradient.",
     ),
     "ema": Key(
         float,
@@ -159,7 +164,8 @@ GRAP_KEYS = {
         int,
         least=0,
         default=0,
-        doc="Epochs for which the weights stay at their start. During them grap-solo "
+        doc="Epochs for which the weights are equal, since `start: balanced` is measured on "
+        "the first steps that are learned from. During them grap-solo "
         "keeps the rule in eval mode; in a loop of your own, call `weighting.eval()`.",
     ),
     **treatment_keys(scale="reference", heads="weighted"),
@@ -189,3 +195,24 @@ def apply_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     if not {"lr", "lr_per_run"} & set(found):
         found["lr_per_run"] = LR_PER_RUN
     return found
+
+
+def refuse_bare_lr(given: Mapping[str, Any]) -> None:
+    """Refuses a learning rate for each step without what such a step does.
+
+    Until ``parametrization: exp`` was the default, 0.1 was a good one. Now it would multiply a
+    weight by up to exp(100) in a thousand steps.
+
+    Args:
+        given: values by name. None stands for a value that is left out.
+
+    Raises:
+        ConfigError: ``lr`` is given, but neither ``recipe`` nor ``parametrization``.
+    """
+    own = {name for name, value in given.items() if value is not None}
+    if "lr" in own and not {"recipe", "parametrization"} & own:
+        raise ConfigError(
+            "weighting.lr: say what a step of it does: weighting.recipe=alg1 adds to the weights, "
+            "weighting.parametrization=exp multiplies them; or give weighting.lr_per_run instead, "
+            "which the default has"
+        )

@@ -84,7 +84,7 @@ def add_trials(directory, count, value, intermediate=None):
 def done(tmp_path_factory):
     """A search of two trials, for the tests that read it or go on from a copy."""
     directory = tmp_path_factory.mktemp("runs") / "search"
-    assert search(configuration("weighting.lr=0.2"), directory, 2) == directory / "search.md"
+    assert search(configuration("weighting.lr_per_run=1"), directory, 2) == directory / "search.md"
     return directory
 
 
@@ -94,7 +94,7 @@ def copy(done, tmp_path):
 
 
 def go_on(directory, trials, **settings):
-    return search(configuration("weighting.lr=0.2"), directory, trials, **settings)
+    return search(configuration("weighting.lr_per_run=1"), directory, trials, **settings)
 
 
 def test_what_a_search_leaves_behind(done):
@@ -186,7 +186,7 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(copy, tmp_path):
     assert before.items() <= times(copy).items()
 
     file = tmp_path / "config.yaml"
-    OmegaConf.save(configuration("weighting.lr=0.2"), file)
+    OmegaConf.save(configuration("weighting.lr_per_run=1"), file)
     output = tmp_path / "output"
     process = start_process(output, search_and_wait, file, killed, torch.get_num_threads())
     while "in the middle\n" not in (output.read_text() if output.exists() else ""):
@@ -291,20 +291,24 @@ def test_a_grap_run_that_was_cut_off_is_done_again(copy):
 def test_other_settings_in_the_same_folder_are_refused(done, overrides, settings, message):
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.name[-4:] != "lock"}
     with pytest.raises(ConfigError, match=f"holds a search with {message}: set it back"):
-        search(configuration("weighting.lr=0.2", *overrides), done, 3, **settings)
+        search(configuration("weighting.lr_per_run=1", *overrides), done, 3, **settings)
     for path, written in before.items():
         assert path.stat().st_mtime_ns == written
 
 
 def test_where_the_runs_go_and_what_they_are_called_is_no_difference(done):
     before = times(done)
-    search(configuration("weighting.lr=0.2", "name=other", "checkpoint.dir=elsewhere"), done, 1)
+    search(
+        configuration("weighting.lr_per_run=1", "name=other", "checkpoint.dir=elsewhere"), done, 1
+    )
     assert times(done) == before and len(rows_of(done)) == 4
 
 
 def test_keys_that_change_no_training_may_differ(done, capsys):
     before = times(done)
-    search(configuration("weighting.lr=0.2", "data.num_workers=1", "+weighting.ema=0"), done, 1)
+    search(
+        configuration("weighting.lr_per_run=1", "data.num_workers=1", "+weighting.ema=0"), done, 1
+    )
     assert "resuming with data.num_workers=1 (before: 0)\n" in capsys.readouterr().out
     assert times(done) == before
 

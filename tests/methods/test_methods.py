@@ -85,11 +85,15 @@ def outputs_of(model, views):
 # ---- one step -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared_heads", ["sum", "weights", "aligned_mtl"])
+@pytest.mark.parametrize(
+    ("recipe", "shared_heads"),
+    [("alg1", "sum"), ("alg1", "weights"), ("alg1", "aligned_mtl"), (None, "sum")],
+)
 @pytest.mark.parametrize("separate", [False, True], ids=["one_projector", "separate"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_grap_step_is_algorithm_1_on_the_real_terms(name, separate, shared_heads):
-    block = {"name": "grap", "recipe": "alg1", "shared_heads": shared_heads}
+def test_a_grap_step_is_that_of_the_real_terms(name, separate, recipe, shared_heads):
+    """Alg. 1's, whose heads get the unweighted terms, and the default's, which are weighted."""
+    block = {"name": "grap", "recipe": recipe, "shared_heads": shared_heads}
     model = build(name, method_kwargs={"separate_projectors": separate}, weighting=block)
     for seed in range(2):
         take_step(model, doubled(seed))
@@ -121,7 +125,7 @@ def test_a_grap_step_is_algorithm_1_on_the_real_terms(name, separate, shared_hea
     by_probe = torch.autograd.grad(sum(probe) / 2, model.classifier.weight)[0]
     torch.testing.assert_close(actual.pop("classifier.weight"), by_probe)
     assert len(actual) > 20
-    plain = dict.fromkeys(terms, 1.0)
+    plain = weights if recipe is None else dict.fromkeys(terms, 1.0)
     shared = {"sum": plain, "weights": weights}.get(shared_heads)
     if (
         shared is None and not separate

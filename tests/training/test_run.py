@@ -47,7 +47,10 @@ def test_what_a_run_leaves_behind(grap):
     assert terms == ["nnclr", "attn_nnclr", "byol", "barlow"]
     assert steps[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
     assert steps[:, 1].tolist() == [0, 0, 0, 1, 1, 1]
-    assert (weights >= 0).all() and np.ptp(weights, axis=0).min() > 0
+    assert (weights > 0).all() and np.ptp(weights, axis=0).min() > 0
+    first = rows_of(directory / "diagnostics.csv")[0]
+    norms = np.array([float(first[f"norm/{term}"]) for term in terms])
+    assert weights[0] * norms == pytest.approx(np.full(4, weights[0, 0] * norms[0]), rel=1e-3)
     median = yaml.safe_load((directory / "median_weights.yaml").read_text())["weighting"]
     assert median["name"] == "fixed"
     assert median["weights"] == pytest.approx(

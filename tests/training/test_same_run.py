@@ -15,13 +15,19 @@ from grap_solo import ConfigError
 from grap_solo.data import fingerprint
 from grap_solo.data.datasets import ClassFolders, Folder
 from grap_solo.data.parquet import Parquet
+from grap_solo.experiments.retrain import learned_weighting
 from grap_solo.methods import METHODS
 from grap_solo.training.blocks import block_of
 from grap_solo.training.building import build_model
 from grap_solo.training.checkpoints import resolve_source
 from grap_solo.training.config import prepare
 from grap_solo.training.run import pretrain
-from grap_solo.training.same_run import find_differences, refuse_differences
+from grap_solo.training.same_run import (
+    find_differences,
+    keep_config,
+    read_run_config,
+    refuse_differences,
+)
 from grap_solo.training.schema import schema_of
 from grap_solo.weighting import WEIGHTINGS
 
@@ -297,3 +303,69 @@ def test_the_command_line_refuses_in_one_line(copy, capfd):
     assert main(["pretrain", "--config-path", str(copy), "--config-name", "run"]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "already holds a run with seed 5, not 9: set it" in error
+
+
+# ---- runs of a version with other defaults ----------------------------------------------------
+
+EARLIER = [
+    {"method": "grap_vicreg"},
+    {"method": "lejepa:LeJEPA"},
+    {"method": "grap_all4one", "weighting": {"name": "grap", "lr": 0.1, "optimizer": "adam"}},
+    {"method": "grap_all4one", "weighting": {"name": "grap", "lr_per_run": 1.0}},
+    {"method": "grap_all4one", "weighting": {"name": "grap", "start": "balanced"}},
+]
+
+
+def kept_by(folder, config):
+    """A folder whose run has kept this configuration, and a record of weights."""
+    folder.mkdir()
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    (folder / "weights.csv").write_text("step,epoch,a,b\n1,0,1,2\n2,0,1,3\n")
+    return folder
+
+
+@pytest.mark.parametrize("config", EARLIER)
+def test_a_run_of_the_version_whose_default_was_algorithm_1_is_read_as_it_trained(config, tmp_path):
+    """It resumes, compares and retrains as what it was, and is told apart from today's."""
+    folder = kept_by(tmp_path / "run", config)
+    block = read_run_config(folder)["weighting"]
+    options = WEIGHTINGS["grap"].read_options({k: v for k, v in block.items() if k != "name"})
+    assert options["parametrization"] == "clip" and options["heads"] == "unweighted"
+    given = config.get("weighting", {})
+    assert options["start"] == given.get("start", "equal")
+    assert options["lr_per_run"] == given.get("lr_per_run")
+    assert options["lr"] == (None if "lr_per_run" in given else 0.1)
+    assert learned_weighting([folder])["heads"] == "unweighted"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        None,
+        {"name": "grap"},
+        {"name": "grap", "recipe": "alg1"},
+        {"name": "grap", "recipe": "paper", "ema": 0.5},
+        {"name": "grap", "lr": None, "lr_per_run": 3.0},
+        {"name": "fixed"},
+        {"name": "equal"},
+    ],
+)
+def test_what_a_run_keeps_is_what_it_trained_whatever_the_defaults_become(block, tmp_path):
+    config = {**plain(), "weighting": block}
+    if block is None:
+        del config["weighting"]
+    kept = keep_config(config)
+    read = read_run_config(kept_by(tmp_path / "run", kept))
+    assert find_differences(read, config) == []
+    if (block or {"name": "grap"})["name"] == "grap":
+        assert {"parametrization", "start", "heads"} <= set(read["weighting"])
+        assert {"lr", "lr_per_run"} & set(read["weighting"])
+
+
+def test_a_folder_of_an_earlier_version_is_not_taken_for_todays_run(tmp_path):
+    config = {**plain(), "weighting": {"name": "grap"}}
+    before = read_run_config(kept_by(tmp_path / "run", config))
+    found = {each.key for each in find_differences(before, config)}
+    assert found >= {"weighting.parametrization", "weighting.start", "weighting.heads"}
+    as_before = {**config, "weighting": {"name": "grap", "recipe": "alg1"}}
+    assert find_differences(before, as_before) == []

@@ -87,7 +87,7 @@ def heads():
             z,
             lambda z: {"a": head(z).square().mean(), "b": head(z).tanh().sum()},
             lambda z: F.cross_entropy(probe(z), labels),
-            build_weighting({"name": "grap", "lr": 0.1}, ["a", "b"]).double(),
+            build_weighting({"name": "grap", "recipe": "alg1"}, ["a", "b"]).double(),
         )
         found.loss.backward()
         return z.grad

@@ -246,6 +246,7 @@ def test_grap_finds_the_useful_term_and_is_never_negative(seed):
         ({"name": "grap", "recipe": "papr"}, "weighting.recipe: .*did you mean 'paper'"),
         ({"name": "grap", "recipe": 1}, "weighting.recipe: expected one of alg1, paper, got 1"),
         ({"name": "grap", "recipe": "paper", "ema": 1}, "weighting.ema: .*below 1"),
+        ({"name": "grap", "lr": 0.1}, "weighting.lr: say what a step of it does: weighting.rec"),
         ({"name": "grap", "lr": 0.1, "lr_per_run": 1.0}, "weighting.lr_per_run: weighting.lr is"),
         ({"name": "grap", "lr_per_run": 0}, "weighting.lr_per_run: .*above 0"),
         ({"name": "grap", "lr_schedule": "cosine"}, "weighting.lr_schedule"),
@@ -281,8 +282,11 @@ def test_registry_builds_what_it_names():
     assert isinstance(build_weighting({"name": "equal"}, ["a", "b"]), Equal)
     fixed = build_weighting({"name": "fixed"}, ["a", "b"], reference)
     assert isinstance(fixed, Fixed) and fixed.weights.tolist() == [0.5, 2.5]
-    grap = build_weighting({"name": "grap", "lr": 0.01}, ["a", "b"], reference)
+    grap = build_weighting({"name": "grap", "recipe": "alg1", "lr": 0.01}, ["a", "b"], reference)
     assert isinstance(grap, GraP) and grap.lr == 0.01
+    default = GraP.read_options({})
+    assert (default["parametrization"], default["start"]) == ("exp", "balanced")
+    assert (default["lr_per_run"], default["lr"], default["heads"]) == (2, None, "weighted")
     with pytest.raises(ConfigError, match="one or more different names"):
         GraP(["a", "a"], recipe="alg1")
 
