@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from grap_solo import __version__
 from grap_solo.arguments import build_parser
 from grap_solo.errors import ConfigError, is_machine_failure, refusal
+from grap_solo.extras import require
 from grap_solo.packaged import find_packaged, list_packaged
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[0] not in commands:
             raise unknown_command(given[0], commands)
-        COMMANDS[given[0]](commands[given[0]].parse(given[1:]))
+        parsed = commands[given[0]].parse(given[1:])
+        extra = EXTRA_OF.get(given[0], "train")
+        if extra:
+            require(given[0], extra)
+        COMMANDS[given[0]](parsed)
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:  # argparse ends with it after it has printed a command's help.
@@ -64,11 +69,9 @@ def _is_refusal(error: Exception) -> bool:
     """Whether an error says what is wrong with the input, so that its text is enough."""
     if isinstance(error, ConfigError) or is_machine_failure(error):
         return True
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    return isinstance(error, HydraException | OmegaConfBaseException | YAMLError)
+    # Where such a module is not imported, or not even installed, the error is none of its own.
+    kinds = (getattr(sys.modules.get(module), name, ()) for module, name in THEIR_REFUSALS)
+    return any(isinstance(error, kind) for kind in kinds)
 
 
 def _config_file(given: argparse.Namespace) -> Path:
@@ -313,6 +316,16 @@ COMMANDS = {
     "demo": _demo,
     "run": _run_script,
 }
+
+EXTRA_OF = {"configs": "", "report": "report", "search": "search"}
+"""The extra that a command needs; ``train`` where none is named."""
+
+THEIR_REFUSALS = (
+    ("hydra.errors", "HydraException"),
+    ("omegaconf.errors", "OmegaConfBaseException"),
+    ("yaml", "YAMLError"),
+)
+"""Others' errors that say what is wrong with the input: the module and the name of each."""
 
 
 if __name__ == "__main__":
