@@ -1,8 +1,8 @@
 """GraP for solo-learn: the weights of a composite self-supervised loss, learned while it trains.
 
 Importing this package imports neither torch nor anything else that is slow: each name below is
-imported when it is first used. ``import grap_solo.methods`` adds the ``grap_*`` methods to
-solo-learn's where solo-learn is installed.
+imported when it is first used, and needs torch alone. ``import grap_solo.methods`` adds the
+``grap_*`` methods to solo-learn's where solo-learn is installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grap_solo.balance import SharedHead, Step, balance
     from grap_solo.errors import ConfigError
-    from grap_solo.solo.exported import load_backbone
+    from grap_solo.exported import load_backbone
     from grap_solo.weighting import (
         Equal,
         Fixed,
@@ -43,7 +43,7 @@ __all__ = [
 
 if not TYPE_CHECKING:  # A type checker reads the imports above and refuses every other name.
     _MODULES = {"ConfigError": "errors", "SharedHead": "balance", "Step": "balance"}
-    _MODULES |= {"balance": "balance", "load_backbone": "solo.exported"}
+    _MODULES |= {"balance": "balance", "load_backbone": "exported"}
 
     def __getattr__(name: str) -> Any:
         """Imports a public name when it is first used (PEP 562)."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.packaged import list_packaged
 from grap_solo.records.files import CONFIG_FILE, expand_path
 
 # What flags accept. The modules that use these names take seconds to import; a test compares both.
@@ -22,7 +23,7 @@ PRUNER_NAMES = ("none", "median")
 FORMAT_NAMES = ("timm", "torchvision", "state-dict", "onnx")
 PRECISION_NAMES = ("32-true", "bf16-mixed")
 CONTENDER_NAMES = ("fixed", "grap", "grap_compiled", "k_backwards", "torchjd", "solo_learn")
-BENCH_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar10"
+BENCH_CONFIGS = "cifar10/"
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +43,9 @@ class Parser(argparse.ArgumentParser):
             return self.parse_args(list(arguments))
         if self.get_default("overrides") is None:
             return self.parse_intermixed_args(list(arguments))
-        folders = any(not action.option_strings for action in self._actions)
+        folders = any(
+            not action.option_strings and action.dest != "config" for action in self._actions
+        )
         overrides = [each for each in arguments if _is_override(each, folders)]
         rest = [each for each in arguments if not _is_override(each, folders)]
         for place, each in enumerate(rest):
@@ -101,6 +104,9 @@ def _has_folder(key: str) -> bool:
     return "/" in key and os.path.isdir(os.path.dirname(key))
 
 
+CONFIG_USAGE = "(NAME | --config-path DIR --config-name FILE)"
+
+
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """Makes the parser of the whole command line, and those of its commands, by name."""
     parser = Parser(
@@ -109,6 +115,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "terms.",
         epilog="grap-solo COMMAND --help explains a command.",
     )
+    parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
 
     def add(
@@ -133,9 +140,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         add(
             "pretrain",
             "train one configuration, or several with hydra's --multirun",
-            "grap-solo pretrain --config-path configs/digits --config-name grap max_epochs=5",
+            "grap-solo pretrain digits/grap max_epochs=5",
             "changes a key of the configuration, as hydra's overrides do",
-            usage="--config-path DIR --config-name NAME [hydra's flags] [key=value ...]",
+            usage=f"{CONFIG_USAGE} [hydra's flags] [key=value ...]",
         )
     )
 
@@ -204,11 +211,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     compare = add(
         "compare",
         "train methods x seeds and write one table with its pictures; started again, it resumes",
-        "grap-solo compare --config-path configs/digits --config-name grap "
-        "'methods=[fixed,grap]' 'seeds=[5,6]'",
+        "grap-solo compare digits/grap 'methods=[fixed,grap]' 'seeds=[5,6]'",
         "methods=[...] and seeds=[...] say what to train, processes=N how many runs at a time;\n"
         "           any other key changes the configuration of all runs",
-        usage="--config-path DIR --config-name NAME [methods=[...]] [seeds=[...]] [processes=N] "
+        usage=f"{CONFIG_USAGE}\n           [methods=[...]] [seeds=[...]] [processes=N] "
         "[key=value ...]",
     )
     _add_config_flags(compare)
@@ -217,10 +223,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "search",
         "search for the weights, one training a trial, and train GraP to compare; started "
         "again, it resumes",
-        "grap-solo search runs/search --config-path configs/digits --config-name grap --trials 16",
+        "grap-solo search runs/search digits/grap --trials 16",
         "changes a key of the configuration of all runs",
-        usage="DIRECTORY --config-path DIR --config-name NAME [--trials N] "
-        "[--sampler tpe|random]\n           [--pruner none|median] [--seed N] [key=value ...]",
+        usage=f"DIRECTORY {CONFIG_USAGE}\n           [--trials N] [--sampler tpe|random] "
+        "[--pruner none|median] [--seed N] [key=value ...]",
     )
     search.add_argument(
         "directory", type=_path, metavar="DIRECTORY", help="the folder for the study and its runs"
@@ -248,11 +254,10 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "map",
         "train with every pair of weights of two terms and draw the accuracies as a map, with the "
         "way of the learned weights; started again, it resumes",
-        "grap-solo map --config-path configs/digits --config-name NAME --terms X Y "
-        "--values 0.04 0.2 1 5 25 100 --seeds 1 2",
+        "grap-solo map digits/NAME --terms X Y --values 0.04 0.2 1 5 25 100 --seeds 1 2",
         "changes a key of the configuration of all runs",
-        usage="--config-path DIR --config-name NAME --terms X Y --values WEIGHT ... "
-        "[--seeds N ...]\n           [--processes N] [key=value ...]",
+        usage=f"{CONFIG_USAGE} --terms X Y --values WEIGHT ...\n           [--seeds N ...] "
+        "[--processes N] [key=value ...]",
     )
     _add_config_flags(chart)
     chart.add_argument(
@@ -293,6 +298,15 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             "grap-solo bench step --batch 64 --rounds 12 --only fixed grap",
         )
     )
+    configs = add(
+        "configs",
+        "list the packaged configurations, or print one",
+        "grap-solo configs cifar10/grap",
+    )
+    configs.add_argument(
+        "config", nargs="?", metavar="NAME",
+        help="the configuration to print, as in its file; pretrain NAME --cfg job prints all keys",
+    )  # fmt: skip
     add(
         "demo",
         "train two methods on scikit-learn's digits, with default, equal and learned "
@@ -314,20 +328,23 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, dict(commands.choices)
 
 
-def _add_config_flags(parser: Parser, required: bool = True) -> None:
+def _add_config_flags(parser: Parser) -> None:
     parser.add_argument(
-        "--config-path", "-cp", type=_path, required=required, metavar="DIR",
-        help="the folder of the configuration file",
+        "config", nargs="?", metavar="NAME",
+        help="a packaged configuration, such as cifar10/grap: grap-solo configs lists them",
     )  # fmt: skip
     parser.add_argument(
-        "--config-name", "-cn", required=required, metavar="NAME",
-        help="the file's name, with or without .yaml",
+        "--config-path", "-cp", type=_path, metavar="DIR",
+        help="the folder of a configuration file of your own",
     )  # fmt: skip
+    parser.add_argument(
+        "--config-name", "-cn", metavar="FILE", help="the file's name, with or without .yaml"
+    )
 
 
 def _add_pretrain(parser: Parser) -> None:
     """Adds hydra's flags, which hydra then parses again."""
-    _add_config_flags(parser, required=False)
+    _add_config_flags(parser)
 
     def flag(*names: str, text: str, to: Any = parser, **options: Any) -> None:
         to.add_argument(*names, help=text, **options)
@@ -516,8 +533,8 @@ def _contender(text: str) -> str:
 
 def _bench_method(text: str) -> str:
     # bench reads this folder: each method has a file there, and a grap_ variant of it.
-    files = [file.stem for file in BENCH_CONFIGS.glob("*.yaml")]
-    names = [name for name in files if not name.startswith("grap")]
-    if names and text not in names:
+    files = [each for each in list_packaged() if each.startswith(BENCH_CONFIGS)]
+    names = [name for each in files if not (name := Path(each).name).startswith("grap")]
+    if text not in names:
         raise argparse.ArgumentTypeError(str(unknown_name("method", text, names)))
     return text

@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grap_solo import __version__
 from grap_solo.arguments import build_parser
 from grap_solo.errors import ConfigError, is_machine_failure, refusal
+from grap_solo.extras import require
+from grap_solo.packaged import find_packaged, list_packaged
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,13 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Bad input ends in one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser, commands = build_parser()
+    if given == ["--version"]:
+        print(f"grap-solo {__version__}")
+        return 0
     if not given or given[0] in ("-h", "--help", "help"):
         parser.print_help()
         return 0 if given else 2
     try:
         if given[0] not in commands:
             raise unknown_command(given[0], commands)
-        COMMANDS[given[0]](commands[given[0]].parse(given[1:]))
+        parsed = commands[given[0]].parse(given[1:])
+        extra = EXTRA_OF.get(given[0], "train")
+        if extra:
+            require(given[0], extra)
+        COMMANDS[given[0]](parsed)
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:  # argparse ends with it after it has printed a command's help.
@@ -59,19 +69,27 @@ def _is_refusal(error: Exception) -> bool:
     """Whether an error says what is wrong with the input, so that its text is enough."""
     if isinstance(error, ConfigError) or is_machine_failure(error):
         return True
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    return isinstance(error, HydraException | OmegaConfBaseException | YAMLError)
+    # Where such a module is not imported, or not even installed, the error is none of its own.
+    kinds = (getattr(sys.modules.get(module), name, ()) for module, name in THEIR_REFUSALS)
+    return any(isinstance(error, kind) for kind in kinds)
 
 
 def _config_file(given: argparse.Namespace) -> Path:
-    """The configuration file that the two flags name.
+    """The configuration file that ``NAME`` or the two flags name.
 
     Raises:
-        ConfigError: the folder or the file does not exist.
+        ConfigError: neither is given, or both; the folder or the file does not exist.
     """
+    flags = [given.config_path, given.config_name]
+    if (given.config is None) == (flags == [None, None]):
+        raise ConfigError(
+            "configuration: give NAME (grap-solo configs lists them), or --config-path DIR and "
+            "--config-name FILE"
+        )
+    if given.config is not None:
+        return find_packaged(given.config)
+    if None in flags:
+        raise ConfigError("--config-path DIR and --config-name FILE go together: give both")
     _check_folder("--config-path", given.config_path)
     file: Path = given.config_path / f"{given.config_name.removesuffix('.yaml')}.yaml"
     if not os.path.isfile(file):
@@ -94,6 +112,12 @@ def _composer(overrides: list[str]) -> Callable[[Path], DictConfig]:
 def _pretrain(given: argparse.Namespace) -> None:
     """Hands the command line to hydra, with absolute folders: hydra would take them as relative to
     this package."""
+    flags = list(given.flags)
+    if given.config is not None or not flags:
+        packaged = _config_file(given)
+        flags.remove(given.config)
+        flags.append(f"--config-name={packaged.name}")
+        given.config_path, given.config_name = packaged.parent, packaged.name
     folders = {"--config-path": given.config_path, "--config-dir": given.config_dir}
     folders = {flag: folder for flag, folder in folders.items() if folder is not None}
     for flag, folder in folders.items():
@@ -124,7 +148,7 @@ def _pretrain(given: argparse.Namespace) -> None:
     absolute = [f"{flag}={folder.resolve()}" for flag, folder in folders.items()]
     overrides = readable_overrides(given.overrides)
     try:
-        launch([*given.flags, *absolute, *overrides])  # The last of two equal flags counts.
+        launch([*flags, *absolute, *overrides])  # The last of two equal flags counts.
     except UnicodeDecodeError as error:
         raise not_utf8(error, folders.values()) from None
 
@@ -242,6 +266,13 @@ def _bench(given: argparse.Namespace) -> None:
         write_json(given.json, found)
 
 
+def _configs(given: argparse.Namespace) -> None:
+    if given.config is None:
+        print("\n".join(list_packaged()))
+    else:
+        print(find_packaged(given.config).read_text(encoding="utf-8"), end="")
+
+
 def _demo(given: argparse.Namespace) -> None:
     from grap_solo.experiments.demo import demo
 
@@ -281,9 +312,20 @@ COMMANDS = {
     "map": _map,
     "report": _report,
     "bench": _bench,
+    "configs": _configs,
     "demo": _demo,
     "run": _run_script,
 }
+
+EXTRA_OF = {"configs": "", "report": "report", "search": "search"}
+"""The extra that a command needs; ``train`` where none is named."""
+
+THEIR_REFUSALS = (
+    ("hydra.errors", "HydraException"),
+    ("omegaconf.errors", "OmegaConfBaseException"),
+    ("yaml", "YAMLError"),
+)
+"""Others' errors that say what is wrong with the input: the module and the name of each."""
 
 
 if __name__ == "__main__":

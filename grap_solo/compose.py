@@ -19,9 +19,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
 from grap_solo.errors import ConfigError
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-"""The folder of the project's own configuration files."""
+from grap_solo.packaged import CONFIGS
 
 
 class SharedConfigs(SearchPathPlugin):

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import DIGITS, ROOT
+from helpers import CONFIGS, DIGITS, ROOT
 
+import grap_solo
 from grap_solo import arguments
 from grap_solo.arguments import build_parser
 from grap_solo.cli import COMMANDS, main
@@ -50,6 +51,21 @@ REFUSED = {
     "compare's file": (
         ["compare", "--config-path", str(DIGITS), "--config-name", "grab"], "no such file",
     ),
+    "pretrain without a file": (["pretrain", "max_epochs=1"], "configuration: give NAME (grap"),
+    "pretrain's packaged file": (
+        ["pretrain", "digits/gra"],
+        "NAME: no packaged configuration 'digits/gra' (did you mean 'digits/grap'?)",
+    ),
+    "compare's two files": (["compare", "table3/digits", *CONFIG], "configuration: give NAME"),
+    "search's half a file": (
+        ["search", "runs", "--config-path", str(DIGITS)],
+        "--config-path DIR and --config-name FILE go together",
+    ),
+    "map's packaged file": (
+        ["map", "digits/gra", "--terms", "x", "y", "--values", "1"],
+        "NAME: no packaged configuration",
+    ),
+    "configs' file": (["configs", "cifar/grap"], "NAME: no packaged configuration 'cifar/grap'"),
     "compare's flag": (["compare", *CONFIG, "--seeds", "1"], "unknown flag '--seeds'"),
     "search's folder": (["search", "--trials", "2", *CONFIG], "arguments are required: DIRECTORY"),
     "search's sampler": (
@@ -184,6 +200,34 @@ def test_hydra_gets_folders_that_are_absolute_and_overrides_behind_the_flags(cap
     assert main([*line, "--cfg", "job", "name=x"]) == 0
     out = capfd.readouterr().out
     assert "max_epochs: 7" in out and "seed: 3" in out and "name: x" in out
+
+
+@pytest.mark.parametrize("name", ["digits/grap_vicreg", "digits/grap_vicreg.yaml"])
+def test_a_packaged_configuration_is_the_file_that_the_flags_name(
+    name, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for chosen in ([name], [f"--config-path={DIGITS}", "--config-name=grap_vicreg"]):
+        assert main(["pretrain", "max_epochs=7", *chosen, "--cfg", "job"]) == 0
+        printed.append(capfd.readouterr().out)
+    assert printed[0] == printed[1] and "max_epochs: 7" in printed[0]
+
+
+def test_every_configuration_is_listed_and_printed_as_it_is(capsys):
+    assert main(["configs"]) == 0
+    names = capsys.readouterr().out.split()
+    assert {f"{name}.yaml" for name in names} == {
+        file.relative_to(CONFIGS).as_posix() for file in CONFIGS.rglob("*.yaml")
+    }
+    assert main(["configs", "cifar10/grap"]) == 0
+    assert capsys.readouterr().out == (CONFIGS / "cifar10" / "grap.yaml").read_text()
+
+
+def test_the_module_is_the_command_and_knows_its_version():
+    line = [sys.executable, "-m", "grap_solo", "--version"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, f"grap-solo {grap_solo.__version__}\n")
 
 
 ORDERS = [

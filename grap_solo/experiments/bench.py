@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grap_solo.balance import Step, balance
-from grap_solo.compose import CONFIGS, compose
-from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.compose import compose
+from grap_solo.errors import unknown_name
 from grap_solo.experiments.counting import peak_memory
 from grap_solo.experiments.timing import Contender, in_turns, random_batch, ratio
 from grap_solo.methods import METHODS, weighted_name
+from grap_solo.packaged import find_packaged
 from grap_solo.report.tables import markdown
 from grap_solo.solo import BASE
 from grap_solo.solo.backbones import build_backbone
@@ -126,7 +127,7 @@ def contender(
     changes += [f"+performance.compile={name == 'grap_compiled'}"]
     rule = "fixed" if name in ("fixed", "solo_learn") else "grap"
     changes.append(f"+weighting={{name: {rule}}}")
-    cfg = prepare(compose(CONFIGS / "cifar10" / f"{method}.yaml", changes))
+    cfg = prepare(compose(find_packaged(f"cifar10/{method}"), changes))
     cfg.data.num_classes = 10
     surrogate = {"k_backwards": k_backwards, "torchjd": torchjd_step}.get(name)
     base: Any = None
@@ -167,10 +168,8 @@ def bench_step(
         see :func:`~grap_solo.experiments.counting.peak_memory`.
 
     Raises:
-        ConfigError: an unknown method or contender, or an installation without ``configs/``.
+        ConfigError: an unknown method or contender.
     """
-    if not CONFIGS.is_dir():
-        raise ConfigError(f"{CONFIGS}: no such folder: run bench from a clone of the repository")
     method = method or next(iter(METHODS))
     if method not in METHODS:
         raise unknown_name("--method", method, METHODS)

@@ -16,13 +16,14 @@ import torch
 from omegaconf import DictConfig
 
 import grap_solo
-from grap_solo.compose import CONFIGS, compose
+from grap_solo.compose import compose
 from grap_solo.data import evaluation_loader, load_both
 from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import Evaluation, device_of, evaluate
 from grap_solo.experiments.retrain import retrain
 from grap_solo.experiments.verdicts import describe_accuracies, describe_approach
 from grap_solo.methods import CompositeMethod, find_method
+from grap_solo.packaged import find_packaged
 from grap_solo.records.files import PICTURE_FILE, SUMMARY_FILE, WEIGHTS_FILE, make_folder
 from grap_solo.records.runs import read_run
 from grap_solo.records.weights import format_weight, median_of_rows, median_weights, read_weights
@@ -162,8 +163,7 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[DemoTable]:
         overrides: hydra overrides for all runs, such as ``max_epochs=2``.
 
     Raises:
-        ConfigError: the package was installed without its ``configs`` folder, or an override that
-            one of the runs cannot take.
+        ConfigError: an override that one of the runs cannot take.
     """
     start = time.monotonic()
     configs = _configurations(directory, overrides)
@@ -180,8 +180,6 @@ def demo(directory: Path, overrides: Sequence[str] = ()) -> list[DemoTable]:
 
 def _configurations(directory: Path, overrides: Sequence[str]) -> dict[str, DictConfig]:
     """Composes and checks the configurations of all runs, by folder, before the first training."""
-    if not CONFIGS.is_dir():
-        raise ConfigError(f"{CONFIGS}: no such folder: run the demo from a clone of the repository")
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if key in OWN_KEYS:
@@ -194,7 +192,7 @@ def _configurations(directory: Path, overrides: Sequence[str]) -> dict[str, Dict
             if run != "default":
                 rule = "equal" if run == "equal" else "grap"
                 changes += [f"method=grap_{plan.method}", f"+weighting.name={rule}"]
-            cfg = compose(CONFIGS / "digits" / f"{plan.method}.yaml", changes)
+            cfg = compose(find_packaged(f"digits/{plan.method}"), changes)
             prepare(cfg)
             found[plan.folder(run)] = cfg
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Collection
 from dataclasses import asdict
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from grap_solo.evaluation.offline import (
 from grap_solo.evaluation.ranks import Degenerate, lidar
 from grap_solo.experiments.retrain import finetune
 from grap_solo.experiments.sources import Composer, Source, open_source
+from grap_solo.extras import require
 from grap_solo.records.files import (
     CONFIG_FILE,
     EVALUATION_FILE,
@@ -94,8 +94,8 @@ def evaluate_source(
     Raises:
         ConfigError: nothing that can be opened, no images, or a package that is not installed.
     """
-    if umap is not None and importlib.util.find_spec("umap") is None:
-        raise ConfigError("--umap: needs the package umap-learn: install it with pip")
+    if umap is not None:
+        require("--umap", "umap")
     for folder in {each for each in (to, umap.parent if umap else None) if each is not None}:
         make_folder(folder, "--to" if folder == to else "--umap")
     source = open_source(name, backbone, load, train, val)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from grap_solo.data.augmentations import DEFAULT_MEAN, DEFAULT_STD, MEAN_AND_STD
 from grap_solo.errors import ConfigError
 from grap_solo.experiments.model_card import model_card
 from grap_solo.experiments.sources import CIFAR_FOLDERS, find_run, load_run_backbone
-from grap_solo.records.files import CONFIG_FILE, make_folder, read_config, whole_file, write_json
-from grap_solo.solo.backbones import LOADED, RESNETS, embedding_width
-from grap_solo.solo.exported import (
+from grap_solo.exported import (
     EXPORTED_CONFIG,
     EXPORTED_STATE,
     EXPORTED_WEIGHTS,
@@ -27,6 +24,9 @@ from grap_solo.solo.exported import (
     load_backbone,
     read_exported_config,
 )
+from grap_solo.extras import require
+from grap_solo.records.files import CONFIG_FILE, make_folder, read_config, whole_file, write_json
+from grap_solo.solo.backbones import LOADED, RESNETS, embedding_width
 
 EXPORT_FORMATS = ("timm", "torchvision", "state-dict", "onnx")
 ONNX_FILE = "model.onnx"
@@ -37,7 +37,6 @@ TRAINING_FILE = "training.yaml"
 OF_ONE_MACHINE = ("checkpoint", "wandb")
 """Blocks of a configuration that mean nothing to others: they are left out of the copy."""
 
-ONNX_PACKAGES = ("onnx", "onnxscript")
 
 FROM_TIMM = ("first_conv", "classifier", "fixed_input_size", "min_input_size")
 """The keys of timm's own description of an architecture that an export keeps."""
@@ -111,16 +110,13 @@ def _refuse_format(form: str, name: str, small: bool) -> None:
         )
     if form == "torchvision" and name not in RESNETS:
         raise ConfigError(f"--format torchvision: {name} is a model of timm: use --format timm")
-    missing = [each for each in ONNX_PACKAGES if importlib.util.find_spec(each) is None]
-    if form == "onnx" and missing:
-        raise ConfigError(
-            f"--format onnx: needs {' and '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}"
-        )
+    if form == "onnx":
+        require("--format onnx", "onnx")
 
 
 def _describe(saved: DictConfig, form: str) -> dict[str, Any]:
     """Makes the content of ``config.json``: for timm, and for
-    :func:`~grap_solo.solo.exported.load_backbone`."""
+    :func:`~grap_solo.exported.load_backbone`."""
     name, dataset = saved.backbone.name, saved.data.dataset
     given: Any = OmegaConf.to_container(saved.backbone.get("kwargs") or OmegaConf.create({}))
     kwargs = {key: value for key, value in given.items() if key not in LOADED}

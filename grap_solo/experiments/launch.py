@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import grap_solo.compose  # noqa: F401 (adds configs/ to hydra's search path)
 from grap_solo.errors import ConfigError, RunStopped, refusal
+from grap_solo.extras import require
 from grap_solo.records.files import expand_path
 
 # Hydra makes no folders and no logs, as in solo-learn's files.
@@ -56,6 +58,10 @@ def launch(arguments: Sequence[str]) -> None:
     sys.argv = ["grap-solo pretrain", *arguments, *quiet]
     try:
         hydra.main(version_base="1.2", config_path=None)(job)()
+    except MissingConfigException as failure:
+        if "launcher/submitit" in str(failure):
+            require("hydra/launcher", "slurm")
+        raise
     except RuntimeError as failure:
         from_submitit = type(failure).__module__.startswith("submitit.")
         if not from_submitit and "on a slurm cluster" not in str(failure):

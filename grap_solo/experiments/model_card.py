@@ -11,11 +11,11 @@ import yaml
 from omegaconf import DictConfig
 
 import grap_solo
+from grap_solo.exported import EXPORTED_STATE, EXPORTED_WEIGHTS, OWN_ENTRY
 from grap_solo.records.files import EVALUATION_FILE, RESULT_FILE, TRAINED_FILE, WEIGHTS_FILE
 from grap_solo.records.runs import read_mapping, read_run
 from grap_solo.records.weights import format_weight, median_weights
 from grap_solo.report.tables import format_number, markdown
-from grap_solo.solo.exported import EXPORTED_STATE, EXPORTED_WEIGHTS, OWN_ENTRY
 
 MEASURED = {
     "online": "online probe, top-1 in percent",

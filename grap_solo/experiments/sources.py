@@ -18,6 +18,7 @@ from grap_solo.data import count_crops
 from grap_solo.data.augmentations import DEFAULT_MEAN, DEFAULT_STD
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.experiments.retrain import newest_checkpoint
+from grap_solo.exported import EXPORTED_CONFIG, OWN_ENTRY, load_backbone, read_exported_config
 from grap_solo.records.files import CHECKPOINTS_FOLDER, CONFIG_FILE, read_config
 from grap_solo.solo.backbones import (
     DEFAULT_SIZE,
@@ -26,7 +27,6 @@ from grap_solo.solo.backbones import (
     build_backbone,
     check_backbone,
 )
-from grap_solo.solo.exported import EXPORTED_CONFIG, OWN_ENTRY, load_backbone, read_exported_config
 from grap_solo.training.blocks import Block, nested, unfilled
 from grap_solo.training.checkpoints import read_checkpoint
 from grap_solo.training.config import complete, complete_blocks, expand_paths

@@ -159,8 +159,8 @@ def wandb_logger(cfg: DictConfig, directory: Path) -> SafeWandbLogger | None:
         )
     except ModuleNotFoundError:
         warnings.warn(
-            "W&B failed and is left out: it is not installed (pip install wandb); metrics.csv is "
-            "still written",
+            'W&B failed and is left out: it is not installed (pip install "grap-solo[wandb]"); '
+            "metrics.csv is still written",
             stacklevel=2,
         )
         return None

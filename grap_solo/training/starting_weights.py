@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from grap_solo.errors import ConfigError
+from grap_solo.exported import EXPORTED_WEIGHTS
 from grap_solo.methods import CompositeMethod
 from grap_solo.solo import BaseMomentumMethod
-from grap_solo.solo.exported import EXPORTED_WEIGHTS
 from grap_solo.training.checkpoints import find_not_finite
 
 ENTRIES = ("state_dict", "model_state_dict", "teacher", "student", "model", "encoder", "backbone")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.extras import require
 from grap_solo.keys import Key, read_keys
 
 SCALES = ("none", "reference", "unit")
@@ -107,6 +108,9 @@ class Weighting(nn.Module, ABC):
     keys: ClassVar[Mapping[str, Key]] = treatment_keys()
     """The keys that the rule takes in a ``weighting:`` block and in its constructor."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Where torch is not enough: the extra to install, and its modules that the rule imports."""
+
     uses_gradients = False
     """Whether the rule reads the Gramian or the products."""
 
@@ -176,10 +180,16 @@ class Weighting(nn.Module, ABC):
             given: values by name; the others get their defaults.
 
         Raises:
-            ConfigError: an unknown key, or a value that its key cannot take.
+            ConfigError: an unknown key, a value that its key cannot take, or a package that is not
+                installed.
         """
         treatment = {name: key.default for name, key in treatment_keys().items()}
-        return treatment | read_keys(cls.keys, given, "weighting")
+        options = treatment | read_keys(cls.keys, given, "weighting")
+        if cls.needs:
+            require(f"weighting: {cls.__name__}", *cls.needs)
+        if options["shared_heads"] == "aligned_mtl":
+            require("weighting.shared_heads: aligned_mtl", "train", "torchjd")
+        return options
 
     @classmethod
     def keep_options(cls, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,13 @@ Each costs K x K algebra only, since the step has computed the Gramian already.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchjd import aggregation
 
-from grap_solo.errors import ConfigError
 from grap_solo.keys import Key
 from grap_solo.weighting.base import Statistics, Weighting, treatment_keys
 
@@ -36,14 +35,19 @@ class GramianWeighting(Weighting):
     """
 
     keys = treatment_keys(heads="unweighted")
+    needs: ClassVar[tuple[str, ...]] = ("train", "torchjd")
     uses_gradients = True
-    rule: Callable[[Tensor], Tensor]
 
     def __init__(
         self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
         super().__init__(terms, reference, **given)
+        self.rule = self.make_rule()
         self.calls = 0
+
+    @abstractmethod
+    def make_rule(self) -> Callable[[Tensor], Tensor]:
+        """Makes torchjd's function from a Gramian, (K, K), to weights, (K,)."""
 
     def direction(self, statistics: Statistics) -> Tensor:
         assert statistics.gramian is not None
@@ -74,7 +78,10 @@ class PCGrad(GramianWeighting):
     """Gradient surgery: projects each gradient off every other gradient that it conflicts with, in
     random order, and adds the results up (Yu et al. 2020, arXiv 2001.06782, Alg. 1)."""
 
-    rule = aggregation.PCGradWeighting()
+    def make_rule(self) -> Callable[[Tensor], Tensor]:
+        from torchjd.aggregation import PCGradWeighting
+
+        return PCGradWeighting()
 
 
 class AlignedMTL(GramianWeighting):
@@ -97,11 +104,10 @@ class AlignedMTL(GramianWeighting):
         **GramianWeighting.keys,
     }
 
-    def __init__(
-        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
-    ) -> None:
-        super().__init__(terms, reference, **given)
-        self.rule = aggregation.AlignedMTLWeighting(scale_mode=self.options["scale_mode"])
+    def make_rule(self) -> Callable[[Tensor], Tensor]:
+        from torchjd.aggregation import AlignedMTLWeighting
+
+        return AlignedMTLWeighting(scale_mode=self.options["scale_mode"])
 
 
 def combine_aligned(gramian: Tensor) -> Tensor:
@@ -110,11 +116,13 @@ def combine_aligned(gramian: Tensor) -> Tensor:
 
     They are 1 for a Gramian, (K, K), that is not finite or 0. Computed on the CPU in float64.
     """
+    from torchjd.aggregation import AlignedMTLWeighting
+
     given = gramian.double().cpu()
     size = given.trace()
     if not given.isfinite().all() or size <= 0:
         return torch.ones_like(gramian[0])
-    weights = aggregation.AlignedMTLWeighting()(given / size)  # Of the mean, not of the sum.
+    weights = AlignedMTLWeighting()(given / size)  # Of the mean, not of the sum.
     return (len(given) * weights).to(gramian)
 
 
@@ -122,21 +130,30 @@ class IMTLG(GramianWeighting):
     """Impartial multi-task learning: the combination has equal projections onto every gradient's
     direction (Liu et al. 2021, "Towards Impartial Multi-task Learning", Eq. 3)."""
 
-    rule = aggregation.IMTLGWeighting()
+    def make_rule(self) -> Callable[[Tensor], Tensor]:
+        from torchjd.aggregation import IMTLGWeighting
+
+        return IMTLGWeighting()
 
 
 class UPGrad(GramianWeighting):
     """The mean of the gradients, each projected onto the cone that conflicts with none (Quinton &
     Rey 2024, arXiv 2406.16232, Section 3)."""
 
-    rule = aggregation.UPGradWeighting()
+    def make_rule(self) -> Callable[[Tensor], Tensor]:
+        from torchjd.aggregation import UPGradWeighting
+
+        return UPGradWeighting()
 
 
 class DualProj(GramianWeighting):
     """The mean gradient projected onto the cone that conflicts with none (Lopez-Paz & Ranzato
     2017, arXiv 1706.08840, as in arXiv 2406.16232)."""
 
-    rule = aggregation.DualProjWeighting()
+    def make_rule(self) -> Callable[[Tensor], Tensor]:
+        from torchjd.aggregation import DualProjWeighting
+
+        return DualProjWeighting()
 
 
 class FairGrad(GramianWeighting):
@@ -158,15 +175,14 @@ class FairGrad(GramianWeighting):
         **GramianWeighting.keys,
     }
 
-    def __init__(
-        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
-    ) -> None:
-        super().__init__(terms, reference, **given)
-        self.alpha: float = self.options["alpha"]
-        self.rule = aggregation.FairGradWeighting(self.alpha)
+    def make_rule(self) -> Callable[[Tensor], Tensor]:
+        from torchjd.aggregation import FairGradWeighting
+
+        return FairGradWeighting(self.options["alpha"])
 
     def unscaled(self, weights: Tensor, size: float) -> Tensor:
-        return weights * size ** (-self.alpha / (self.alpha + 1))
+        alpha: float = self.options["alpha"]
+        return weights * size ** (-alpha / (alpha + 1))
 
 
 class CAGrad(GramianWeighting):
@@ -192,18 +208,9 @@ class CAGrad(GramianWeighting):
         ),
         **GramianWeighting.keys,
     }
+    needs = ("cagrad", "torchjd", "cvxpy")
 
-    def __init__(
-        self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
-    ) -> None:
-        super().__init__(terms, reference, **given)
-        self.rule = aggregation.CAGradWeighting(self.options["c"])
+    def make_rule(self) -> Callable[[Tensor], Tensor]:
+        from torchjd.aggregation import CAGradWeighting
 
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any], terms: Sequence[str]) -> None:
-        """Refuses the rule where its solver, cvxpy, is not installed."""
-        try:
-            aggregation.CAGradWeighting(options["c"])
-        except ImportError as error:
-            line = str(error).splitlines()[0]
-            raise ConfigError(f"weighting.name: cagrad: {line}: pip install cvxpy") from None
+        return CAGradWeighting(self.options["c"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-from scipy.optimize import nnls
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from grap_solo.weighting.base import Statistics, Weighting, treatment_keys
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class MGDA(Weighting):
@@ -24,6 +27,7 @@ class MGDA(Weighting):
     """
 
     keys = treatment_keys(heads="unweighted")
+    needs = ("train", "scipy")
     uses_gradients = True
 
     def direction(self, statistics: Statistics) -> Tensor:
@@ -37,6 +41,9 @@ def min_norm_weights(gramian: np.ndarray) -> np.ndarray:
 
     Gives equal weights if the Gramian is not finite or 0.
     """
+    import numpy as np
+    from scipy.optimize import nnls
+
     count = len(gramian)
     size = gramian.trace() / count
     if not np.isfinite(gramian).all() or size <= 0:

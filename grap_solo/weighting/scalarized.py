@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchjd import scalarization
 
 from grap_solo.keys import Key
 from grap_solo.weighting.base import Statistics, Weighting, treatment_keys
+
+if TYPE_CHECKING:
+    from torchjd import scalarization
+
+NEEDS = ("train", "torchjd")
+"""The extra that brings torchjd."""
 
 
 def derivatives(scalarizer: scalarization.Scalarizer, losses: Tensor) -> Tensor:
@@ -40,11 +45,15 @@ class Uncertainty(Weighting):
         given: :attr:`keys`, by name.
     """
 
+    needs = NEEDS
+
     def __init__(
         self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
         super().__init__(terms, reference, **given)
-        self.scalarizer = scalarization.UW(len(self.terms))
+        from torchjd.scalarization import UW
+
+        self.scalarizer = UW(len(self.terms))
 
     def direction(self, statistics: Statistics) -> Tensor:
         return derivatives(self.scalarizer, statistics.losses)
@@ -81,6 +90,7 @@ class FAMO(Weighting):
         ),
         **treatment_keys(),
     }
+    needs = NEEDS
     uses_losses = True
     needs_losses_after = True
     scalarizer: scalarization.FAMO
@@ -94,8 +104,10 @@ class FAMO(Weighting):
         self._start()
 
     def _start(self) -> None:
+        from torchjd.scalarization import FAMO as Scalarizer
+
         # Not a submodule: its logits have their own optimiser, so they are not parameters here.
-        scalarizer = scalarization.FAMO(len(self.terms), lr=self.lr, weight_decay=self.weight_decay)
+        scalarizer = Scalarizer(len(self.terms), lr=self.lr, weight_decay=self.weight_decay)
         object.__setattr__(self, "scalarizer", scalarizer)
 
     def direction(self, statistics: Statistics) -> Tensor:
@@ -152,15 +164,18 @@ class Random(Weighting):
         ),
         **treatment_keys(),
     }
+    needs = NEEDS
 
     def __init__(
         self, terms: Sequence[str], reference: Mapping[str, float] | None = None, **given: Any
     ) -> None:
         super().__init__(terms, reference, **given)
+        from torchjd.scalarization import Random as Scalarizer
+
         seed: int | None = self.options["seed"]
         self.seed = torch.initial_seed() if seed is None else seed
         self.calls = 0
-        self.scalarizer = scalarization.Random()
+        self.scalarizer = Scalarizer()
 
     def direction(self, statistics: Statistics) -> Tensor:
         self.calls += self.training

@@ -12,6 +12,7 @@ from PIL import Image
 from run_folders import write_backbone_run
 from safetensors.torch import save_file
 
+from grap_solo import extras
 from grap_solo.cli import main
 from grap_solo.compose import compose
 from grap_solo.data import evaluation_loader, load_both, views_loader
@@ -211,9 +212,11 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(case, images, tmp_path,
 
 
 def test_a_picture_needs_its_package(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = extras.is_installed
+    monkeypatch.setattr(extras, "is_installed", lambda name: name != "umap" and find(name))
     assert main(["evaluate", str(run[0]), "--umap", str(tmp_path / "u.png")]) == 2
-    assert "--umap: needs the package umap-learn" in capsys.readouterr().err
+    line = '--umap: umap is not installed: pip install "grap-solo[umap]"'
+    assert line in capsys.readouterr().err
 
 
 def test_fine_tuning_trains_once_and_is_reported(tmp_path, capsys):

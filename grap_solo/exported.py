@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grap_solo.errors import ConfigError
-from grap_solo.solo.backbones import build_backbone
+from grap_solo.extras import require
 
 EXPORTED_CONFIG = "config.json"
 EXPORTED_WEIGHTS = "model.safetensors"
@@ -31,8 +31,12 @@ def load_backbone(folder: str | os.PathLike[str]) -> nn.Module:
         folder: the export's folder, of the format ``timm``, ``torchvision`` or ``state-dict``.
 
     Raises:
-        ConfigError: not such a folder, or its weights are not the backbone's.
+        ConfigError: not such a folder, its weights are not the backbone's, or the extra ``train``
+            is not installed.
     """
+    require("load_backbone", "train")
+    from grap_solo.solo.backbones import build_backbone
+
     directory = Path(folder)
     config = read_exported_config(directory)
     block = config.get(OWN_ENTRY)
