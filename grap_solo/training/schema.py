@@ -121,13 +121,24 @@ class Labels(Strict):
         1.0,
         gt=0,
         le=1,
-        description="The share of the training images whose labels are used; with `held_out`, the "
+        description="The share of the labelled images whose labels are used; with `held_out`, the "
         "share that is held out, up to 0.5.",
     )
     split: Annotated[str, OneOf(("train", "held_out"))] = Field(
         "train",
         description="Which images have labels: `train`, images that the terms train on too; "
         "`held_out`, images that train the probe and steer the weights only.",
+    )
+    path: str | None = Field(
+        None,
+        description="A labelled set of its own, which trains the probe and steers the weights: a "
+        "folder of class folders, or a file. `data.train_path` then needs no labels, and "
+        "`fraction` counts in this set, up to 1.",
+    )
+    val_path: str | None = Field(
+        None,
+        description="Labelled images to validate on. By default those of `data.val_path`, unless "
+        "`data.no_labels` is set.",
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from grap_solo import ConfigError
 from grap_solo.data import fingerprint
-from grap_solo.data.datasets import ClassFolders, Folder
+from grap_solo.data.folders import ClassFolders, Folder
 from grap_solo.data.parquet import Parquet
 from grap_solo.methods import METHODS
 from grap_solo.training.blocks import block_of
