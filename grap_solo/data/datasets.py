@@ -20,12 +20,13 @@ from grap_solo.data.images import (
     drop_labels,
     keep_labels,
 )
-from grap_solo.data.parquet import Parquet
+from grap_solo.data.parquet import Parquet, find_parquet
+from grap_solo.data.saved import ListedFiles, SavedDataset
 from grap_solo.errors import ConfigError
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
 DATASETS = (*NUM_CLASSES, "custom")
-FORMATS = ("image_folder", "parquet")
+FORMATS = ("image_folder", "parquet", "huggingface")
 DIGITS_SIZE = 32
 
 
@@ -169,16 +170,15 @@ def match_classes(train: Images, validation: Images, key: str = "data.val_path")
 
 
 def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:
+    columns = (config.get("image_key"), config.get("label_key"), not config.no_labels)
     if config.format == "parquet":
-        if path.is_dir():
-            names = ("train.parquet",) if train else ("val.parquet", "test.parquet")
-            path = next(
-                (path / name for name in names if (path / name).exists()),
-                path / names[0],
-            )
+        return Parquet(find_parquet(str(path), key, train), *columns)
+    if config.format == "huggingface":
+        return SavedDataset(path, key, train, *columns)
+    if path.suffix.lower() == ".csv":
         if not path.is_file():
-            raise ConfigError(f"{key}: no such file {path}: give a Parquet file")
-        return Parquet(path)
+            raise ConfigError(f"{key}: no such file {path}: give a CSV file")
+        return ListedFiles(path, *columns)
     if config.dataset in ("cifar10", "cifar100"):
         return _load_cifar(config, path, key, train)
     return load_folder(path, key, labelled=not config.no_labels)

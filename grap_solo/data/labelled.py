@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from glob import escape as glob_escape
+from glob import glob
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.data.datasets import load_images, match_classes
 from grap_solo.data.images import Images
+from grap_solo.data.saved import is_saved
 from grap_solo.errors import ConfigError
 
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -109,8 +112,10 @@ def move_labelled_set(cfg: DictConfig) -> None:
 
 def kind_of(path: str) -> tuple[str, str]:
     """The dataset and the format of the images at a path, as ``data:`` names them."""
-    if path.endswith(".parquet") or os.path.isfile(os.path.join(path, "train.parquet")):
+    if path.endswith(".parquet") or glob(os.path.join(glob_escape(path), "*.parquet")):
         return "custom", "parquet"
+    if is_saved(path):
+        return "custom", "huggingface"
     for name, folder in CIFAR_FOLDERS.items():
         if os.path.isdir(os.path.join(path, folder)):
             return name, "image_folder"

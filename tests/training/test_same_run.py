@@ -285,7 +285,7 @@ def test_a_fingerprint_knows_the_same_images_in_another_folder(tmp_path):
         table = pyarrow.table({"img": [{"bytes": b"a"}, {"bytes": spoiled}], "label": [0, 1]})
         file = tmp_path / f"{len(found)}.parquet"
         pyarrow.parquet.write_table(table, file)
-        found.append(fingerprint(Parquet(file), str(file)))
+        found.append(fingerprint(Parquet([file]), str(file)))
     assert found[0] == found[1] != found[2]
 
 
