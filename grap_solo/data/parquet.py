@@ -48,7 +48,7 @@ def find_parquet(path: str, key: str, train: bool) -> list[Path]:
     Raises:
         ConfigError: there are none.
     """
-    if "*" in path:
+    if "*" in path and not os.path.exists(path):
         files = sorted(Path(each) for each in glob(path))
     elif os.path.isdir(path):
         inside = sorted(each for each in Path(path).glob("*.parquet") if each.is_file())
