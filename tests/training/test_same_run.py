@@ -86,6 +86,8 @@ FREE = {
     "data.download": False,
     "data.train_path": "elsewhere",
     "data.val_path": "elsewhere",
+    "labels.path": "elsewhere",
+    "labels.val_path": "elsewhere",
     "accelerator": "auto",
     "checkpoint.dir": "elsewhere",
     "checkpoint.frequency": 5,
