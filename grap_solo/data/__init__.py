@@ -20,12 +20,20 @@ from grap_solo.data.datasets import (
     DATASETS,
     FORMATS,
     NUM_CLASSES,
-    load_both,
     load_images,
     split_labels,
 )
 from grap_solo.data.fingerprint import fingerprint
 from grap_solo.data.images import Images, UnreadableImage, read_image
+from grap_solo.data.labelled import (
+    RunImages,
+    has_validation,
+    holds_out,
+    kind_of,
+    load_both,
+    load_run,
+    move_labelled_set,
+)
 from grap_solo.data.sampling import (
     EpochSampler,
     Place,
@@ -40,13 +48,19 @@ __all__ = [
     "FORMATS",
     "NUM_CLASSES",
     "Images",
+    "RunImages",
     "UnreadableImage",
     "count_crops",
     "evaluation_loader",
     "fingerprint",
+    "has_validation",
+    "holds_out",
+    "kind_of",
     "labelled_loader",
     "load_both",
     "load_images",
+    "load_run",
+    "move_labelled_set",
     "pretrain_loader",
     "resolve_num_classes",
     "split_labels",

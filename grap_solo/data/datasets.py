@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torchvision.datasets
@@ -13,8 +10,8 @@ from omegaconf import DictConfig
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from grap_solo.data.folders import Torchvision, load_folder
 from grap_solo.data.images import (
     Images,
     Part,
@@ -22,14 +19,14 @@ from grap_solo.data.images import (
     Sample,
     drop_labels,
     keep_labels,
-    open_rgb,
 )
-from grap_solo.data.parquet import Parquet
+from grap_solo.data.parquet import Parquet, find_parquet
+from grap_solo.data.saved import ListedFiles, SavedDataset
 from grap_solo.errors import ConfigError
 
 NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet100": 100}
 DATASETS = (*NUM_CLASSES, "custom")
-FORMATS = ("image_folder", "parquet")
+FORMATS = ("image_folder", "parquet", "huggingface")
 DIGITS_SIZE = 32
 
 
@@ -61,103 +58,6 @@ class Digits(Images):
 
     def __getitem__(self, index: int) -> Sample:
         return self.images[index], int(self.targets[index])
-
-
-class Torchvision(Images):
-    """A torchvision dataset: ``CIFAR10``, ``CIFAR100`` or a folder of class folders."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        self.targets = np.asarray(dataset.targets)
-        self.classes = len(dataset.classes)
-
-    def __getitem__(self, index: int) -> Sample:
-        image, label = self.dataset[index]
-        return image, int(label)
-
-
-class ClassFolders(Torchvision):
-    """A folder with a folder of images for each class. Hidden files and folders are left out.
-
-    Args:
-        path: the folder.
-
-    Raises:
-        ConfigError: if images lie beside the class folders.
-        FileNotFoundError: if there are no class folders, or one of them holds no image.
-    """
-
-    def __init__(self, path: Path) -> None:
-        loose = _image_files(path, path.iterdir())
-        if loose:
-            raise ConfigError(
-                f"{loose[0]}: lies beside the class folders of {path}: move it into one, or set "
-                "data.no_labels=True to train on all images without labels"
-            )
-        super().__init__(_Visible(path))
-        self.class_names = self.dataset.classes
-
-    def describe(self, index: int) -> str:
-        return self.file_of(index)
-
-    def file_of(self, index: int) -> str:
-        return str(self.dataset.samples[index][0])
-
-
-class _Visible(torchvision.datasets.ImageFolder):
-    """torchvision's, without hidden files and folders."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(
-            str(path),
-            loader=open_rgb,
-            is_valid_file=lambda file: _names_image(file, str(path)),
-        )
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        names = _visible_folders(Path(directory))
-        if not names:
-            raise FileNotFoundError("it has no class folders")
-        return names, {name: label for label, name in enumerate(names)}
-
-
-class Folder(Images):
-    """All images in a folder and in the folders inside it, without labels; hidden files and
-    folders are left out.
-
-    Args:
-        path: the folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.files = sorted(_image_files(path, path.rglob("*")))
-        self.targets = np.full(len(self.files), -1)
-
-    def __getitem__(self, index: int) -> Sample:
-        return open_rgb(self.files[index]), -1
-
-    def describe(self, index: int) -> str:
-        return self.file_of(index)
-
-    def file_of(self, index: int) -> str:
-        return str(self.files[index])
-
-
-def _visible_folders(path: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    inside = (each for each in path.iterdir() if each.is_dir())
-    return sorted(each.name for each in inside if not each.name.startswith("."))
-
-
-def _image_files(root: Path, files: Iterable[Path]) -> list[Path]:
-    """Those of the files below a folder that are images by their name, and not hidden there."""
-    return [each for each in files if _names_image(str(each), str(root)) and not each.is_dir()]
-
-
-def _names_image(file: str, root: str) -> bool:
-    """Whether a path below a folder has an image's name, and no hidden part below the folder."""
-    inside = file.removeprefix(f"{root}{os.sep}")
-    return inside.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in f"{os.sep}{inside}"
 
 
 def split_labels(
@@ -200,19 +100,20 @@ def split_labels(
     return drop_labels(Part(images, rest)), Part(images, kept), kept
 
 
-def load_images(config: DictConfig, train: bool) -> Images:
+def load_images(config: DictConfig, train: bool, key: str | None = None) -> Images:
     """Loads the training or validation images that a ``data:`` block names.
 
     Args:
         config: the block, with solo-learn's keys: ``dataset``, ``format``, ``train_path``,
             ``val_path``, ``no_labels``, ``fraction``; and ``download`` for CIFAR.
         train: whether to load the training images, else the validation images.
+        key: the key that gave the path, for the errors; by default that of the block.
 
     Raises:
         ConfigError: if the path is missing or holds no images of that format, the dataset is
             empty, or the fraction is out of range.
     """
-    key = "data.train_path" if train else "data.val_path"
+    key = key or ("data.train_path" if train else "data.val_path")
     if config.dataset == "digits":
         images: Images = Digits(train)
     else:
@@ -235,23 +136,13 @@ def load_images(config: DictConfig, train: bool) -> Images:
     return images
 
 
-def load_both(config: DictConfig) -> tuple[Images, Images]:
-    """Loads the training and the validation images, with the same number for a class in both.
-
-    Classes of folders, and of texts in Parquet files, are matched by their names.
+def match_classes(train: Images, validation: Images, key: str = "data.val_path") -> Images:
+    """Gives the validation images the numbers that the training has for their classes.
 
     Args:
-        config: see :func:`load_images`.
-
-    Raises:
-        ConfigError: see :func:`load_images`; or if a validation class is not among the training's.
-    """
-    train, validation = (load_images(config, train=part) for part in (True, False))
-    return train, match_classes(train, validation)
-
-
-def match_classes(train: Images, validation: Images) -> Images:
-    """Gives the validation images the numbers that the training has for their classes.
+        train: the images whose numbers count.
+        validation: the images to number alike.
+        key: the key that gave these images, for the errors.
 
     Raises:
         ConfigError: if a validation class is not among the training's.
@@ -261,14 +152,14 @@ def match_classes(train: Images, validation: Images) -> Images:
         return validation
     if theirs is None or ours is None:
         raise ConfigError(
-            "data.val_path: its classes are "
+            f"{key}: its classes are "
             + ("numbers, those of training names" if theirs is None else "names, not numbers")
             + ": label both in the same way"
         )
     unknown = [name for name in theirs if name not in ours]
     if unknown:
         raise ConfigError(
-            f"data.val_path: its class '{unknown[0]}' is not one of training's "
+            f"{key}: its class '{unknown[0]}' is not one of training's "
             f"({', '.join(ours[:10])}{', ...' * (len(ours) > 10)}): name both alike"
         )
     number = np.array([ours.index(name) for name in theirs])
@@ -279,30 +170,18 @@ def match_classes(train: Images, validation: Images) -> Images:
 
 
 def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:
+    columns = (config.get("image_key"), config.get("label_key"), not config.no_labels)
     if config.format == "parquet":
-        if path.is_dir():
-            names = ("train.parquet",) if train else ("val.parquet", "test.parquet")
-            path = next(
-                (path / name for name in names if (path / name).exists()),
-                path / names[0],
-            )
+        return Parquet(find_parquet(str(path), key, train), *columns)
+    if config.format == "huggingface":
+        return SavedDataset(path, key, train, *columns)
+    if path.suffix.lower() == ".csv":
         if not path.is_file():
-            raise ConfigError(f"{key}: no such file {path}: give a Parquet file")
-        return Parquet(path)
+            raise ConfigError(f"{key}: no such file {path}: give a CSV file")
+        return ListedFiles(path, *columns)
     if config.dataset in ("cifar10", "cifar100"):
         return _load_cifar(config, path, key, train)
-    if not path.is_dir():
-        raise ConfigError(f"{key}: no such folder {path}: give a folder of images")
-    flat = not _visible_folders(path) or _image_files(path, path.iterdir())
-    if config.no_labels and flat:
-        return Folder(path)
-    try:
-        return ClassFolders(path)
-    except FileNotFoundError as error:
-        line = str(error).partition("\n")[0].partition(". Supported")[0].rstrip(".")
-        raise ConfigError(
-            f"{key}: {path}: {line}: put images into them, or remove the folders"
-        ) from None
+    return load_folder(path, key, labelled=not config.no_labels)
 
 
 def _load_cifar(config: DictConfig, path: Path, key: str, train: bool) -> Images:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from grap_solo.data import evaluation_loader, load_both, load_images, resolve_num_classes
+from grap_solo.data import evaluation_loader, load_both, load_run, resolve_num_classes
 from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import device_of, evaluate
 from grap_solo.experiments.grid import Cell, plan
@@ -146,7 +146,7 @@ def say_what_differs(found: Sequence[tuple[Cell, Sequence[Difference]]]) -> None
         moved = any(each.key in PATHS.values() for each in differences)
         if moved and (cell.directory / RESULT_FILE).exists():
             cfg = prepare(cell.cfg)
-            data = data_fingerprints(cfg, *load_both(cfg.data))
+            data = data_fingerprints(cfg, load_run(cfg.data, cfg.labels))
             if cell.parent is not None:  # It starts from that run.
                 data.pop("weights")
             check_same_data(cfg, cell.directory, data)
@@ -268,7 +268,7 @@ def _train_and_evaluate(cell: Cell) -> None:
         model.load_state_dict(state["state_dict"])
         if not cfg.performance.disable_channel_last:
             model = model.to(memory_format=torch.channels_last)  # As in training.
-    train, validation = load_both(cfg.data)
+    train, validation = load_both(cfg.data, cfg.labels)
     found = evaluate(
         model.backbone,
         evaluation_loader(cfg, train),
@@ -348,7 +348,7 @@ def _prepared(cell: Cell) -> DictConfig:
     source = OmegaConf.create(read_run_config(cell.directory))
     source.pretrained_feature_extractor = None
     cfg = prepare(source)
-    cfg.data.num_classes = resolve_num_classes(cfg.data, load_images(cfg.data, train=False))
+    cfg.data.num_classes = resolve_num_classes(cfg.data, *load_both(cfg.data, cfg.labels))
     return cfg
 
 

@@ -240,7 +240,7 @@ def _train_run(cfg: DictConfig, parent: Path | None) -> Run:
 
 
 def _evaluate(run: Run, model: CompositeMethod) -> Evaluation:
-    train, validation = load_both(run.cfg.data)
+    train, validation = load_both(run.cfg.data, run.cfg.labels)
     return evaluate(
         model.backbone,
         evaluation_loader(run.cfg, train),

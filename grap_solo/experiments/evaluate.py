@@ -124,7 +124,7 @@ def evaluate_source(
 def _measure_source(source: Source, wanted: set[str], umap: Path | None) -> dict[str, Any]:
     """Embeds the images and measures the embeddings."""
     cfg = source.cfg
-    train_images, val_images = load_both(cfg.data)
+    train_images, val_images = load_both(cfg.data, cfg.get("labels"))
     seen = copy.deepcopy(cfg)
     seen.data.dataset = source.seen
     device = device_of(cfg)

@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from grap_solo.data.augmentations import DEFAULT_MEAN, DEFAULT_STD, MEAN_AND_STD
+from grap_solo.data.labelled import CIFAR_FOLDERS
 from grap_solo.errors import ConfigError
 from grap_solo.experiments.model_card import model_card
-from grap_solo.experiments.sources import CIFAR_FOLDERS, find_run, load_run_backbone
+from grap_solo.experiments.sources import find_run, load_run_backbone
 from grap_solo.exported import (
     EXPORTED_CONFIG,
     EXPORTED_STATE,

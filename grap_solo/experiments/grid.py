@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from grap_solo.data import move_labelled_set
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.methods import weighted_name
 from grap_solo.records.files import check_name, expand_path, read_config
@@ -85,7 +86,7 @@ def plan(
                 mine.weighting = {"name": "fixed"}
                 if suffix == "_finetuned":
                     mine.weighting = {"name": "supervised"}
-                    OmegaConf.update(mine, "labels.split", "train", force_add=True)
+                    move_labelled_set(mine)
             mine.name = f"{method}-seed{seed}"
             prepare_one_of_many(mine, "a comparison")
             cells.append(Cell(method, seed, mine, parent, suffix))

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from grap_solo.data import move_labelled_set
 from grap_solo.errors import ConfigError
 from grap_solo.methods import weighted_name
 from grap_solo.records.files import (
@@ -126,7 +127,7 @@ def finetune(parent: Path, load: Callable[[Path], DictConfig]) -> Run:
     cfg = _child(parent, load, "finetuned")
     cfg.method = weighted_name(cfg.method)
     cfg.weighting = {"name": "supervised"}
-    cfg.labels = {**cfg.get("labels", {}), "split": "train"}
+    move_labelled_set(cfg)
     cfg.pretrained_feature_extractor = str(newest_checkpoint(parent))
     return pretrain(cfg)
 

@@ -27,7 +27,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from grap_solo.data import load_both
+from grap_solo.data import load_run
 from grap_solo.errors import ConfigError, Diverged, unknown_name
 from grap_solo.experiments.retrain import learned_weighting
 from grap_solo.experiments.search_report import REPORT_FILES, trial_name, write_report
@@ -240,7 +240,8 @@ def _check_settings(old: dict[str, Any], new: dict[str, Any], directory: Path) -
     runs = sorted(each.parent for each in directory.glob(f"*/{CONFIG_FILE}"))
     if runs and any(each.key in PATHS.values() for each in free):
         cfg = prepare(OmegaConf.create(both[1]))
-        check_same_data(cfg, runs[0], data_fingerprints(cfg, *load_both(cfg.data)))
+        images = load_run(cfg.data, cfg.labels)
+        check_same_data(cfg, runs[0], data_fingerprints(cfg, images))
 
 
 def _abandon_running(study: optuna.study.Study) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from torch import nn
 
-from grap_solo.data import count_crops
+from grap_solo.data import count_crops, kind_of
 from grap_solo.data.augmentations import DEFAULT_MEAN, DEFAULT_STD
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.experiments.retrain import newest_checkpoint
@@ -40,9 +39,6 @@ SMALL_STEM = "cifar10"
 """The dataset for which a ResNet is built with solo-learn's stem for small images."""
 
 SMALL_SIZE = 32
-
-CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-"""The folder in which torchvision keeps each of the two."""
 
 Composer = Callable[[Path], DictConfig]
 """Composes a configuration file with the command line's overrides."""
@@ -274,23 +270,16 @@ def _set_images(cfg: DictConfig, train: str | None, val: str | None) -> None:
         cfg.data.dataset = "digits"
     elif train is not None and val is not None:
         cfg.data.train_path, cfg.data.val_path = train, val
-        cfg.data.dataset, cfg.data.format = _kind_of(train)
+        cfg.data.dataset, cfg.data.format = kind_of(train)
         cfg.data.no_labels = False
     elif train is not None or val is not None:
         raise ConfigError("--train, --val: give both: one to fit on, and one to score on")
-    if cfg.data.get("dataset") != "digits" and cfg.data.get("val_path") in (None, "None"):
+    if train is not None:
+        cfg.pop("labels", None)
+    found = (cfg.data.get("val_path"), OmegaConf.select(cfg, "labels.val_path"))
+    if cfg.data.get("dataset") != "digits" and all(each in (None, "None") for each in found):
         raise _no_images()
 
 
 def _no_images() -> ConfigError:
     return ConfigError("--train, --val: give the images to fit on and those to score on")
-
-
-def _kind_of(path: str) -> tuple[str, str]:
-    """The dataset and the format of the images at a path."""
-    if path.endswith(".parquet") or os.path.isfile(os.path.join(path, "train.parquet")):
-        return "custom", "parquet"
-    for name, folder in CIFAR_FOLDERS.items():
-        if os.path.isdir(os.path.join(path, folder)):
-            return name, "image_folder"
-    return "custom", "image_folder"

@@ -14,6 +14,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
 from grap_solo.balance import Step
+from grap_solo.data import holds_out
 from grap_solo.evaluation.offline import device_of
 from grap_solo.methods import find_method
 
@@ -65,8 +66,8 @@ class Contender:
             [each.to(self.device) for each in views],
             labels.to(self.device),
         ]
-        held_out = cfg.labels.split == "held_out"
-        self.batch: Any = {"train": batch, "labelled": batch} if held_out else batch
+        apart = holds_out(cfg.labels)
+        self.batch: Any = {"train": batch, "labelled": batch} if apart else batch
 
     def seconds(self) -> float:
         """Takes one step and returns its seconds."""

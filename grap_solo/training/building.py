@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 from omegaconf import DictConfig
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -33,13 +32,13 @@ def build_model(cfg: DictConfig) -> CompositeMethod:
         ) from None
 
 
-def check_batch_norms(model: CompositeMethod, cfg: DictConfig, labelled: np.ndarray | None) -> None:
+def check_batch_norms(model: CompositeMethod, cfg: DictConfig, held_out: int | None) -> None:
     """Refuses batches that leave a batch-norm one image: there is nothing to normalise by.
 
     Args:
         model: the method.
         cfg: its prepared configuration.
-        labelled: the indexes of the images that keep their labels, shape (N,); None if all do.
+        held_out: the number of images that train the probe only; None if there are none.
 
     Raises:
         ConfigError: such a batch.
@@ -53,8 +52,8 @@ def check_batch_norms(model: CompositeMethod, cfg: DictConfig, labelled: np.ndar
             "optimizer.batch_size: 1 image on each device leaves the batch-norms nothing to "
             "normalise by: give 2 or more"
         )
-    if cfg.labels.split == "held_out" and labelled is not None and len(labelled) <= processes:
+    if held_out is not None and held_out <= processes:
         raise ConfigError(
-            f"labels.fraction: {len(labelled)} held-out images for {processes} processes leave the "
+            f"labels.fraction: {held_out} held-out images for {processes} processes leave the "
             "batch-norms one image each: hold out more"
         )

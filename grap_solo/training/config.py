@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.optim.lars import Lars
 
-from grap_solo.data import count_crops
+from grap_solo.data import count_crops, holds_out
 from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.keys import Key, missing_key
 from grap_solo.methods import CompositeMethod, find_method, takes_weighting, weighted_name
@@ -39,6 +39,8 @@ LARGEST_NUMBER = 2**32 - 1
 PATH_KEYS = (
     "data.train_path",
     "data.val_path",
+    "labels.path",
+    "labels.val_path",
     "checkpoint.dir",
     "resume_from_checkpoint",
     "pretrained_feature_extractor",
@@ -94,7 +96,8 @@ def prepare(source: DictConfig) -> DictConfig:
         _check_compiler(_trains_on_cpu(cfg))
     scale = images_per_step(cfg) / 256
     cfg.optimizer.lr *= scale
-    if cfg.data.val_path is not None or cfg.data.dataset == "digits":  # As in solo-learn.
+    validated = (cfg.data.val_path, cfg.labels.val_path) != (None, None)
+    if validated or cfg.data.dataset == "digits":  # As in solo-learn.
         cfg.optimizer.classifier_lr *= scale
     return cfg
 
@@ -347,23 +350,42 @@ def _check_weighting(cfg: DictConfig, rule: type[Weighting]) -> None:
     options = rule.read_options({key: value for key, value in block.items() if key != "name"})
     rule.check_options(options, tuple(reference))
 
-    name, held_out = cfg.weighting.name, cfg.labels.split == "held_out"
-    if held_out and cfg.labels.fraction > LARGEST_HELD_OUT:
+    _check_labels(cfg, rule, options)
+
+
+def _check_labels(cfg: DictConfig, rule: type[Weighting], options: dict[str, Any]) -> None:
+    """Refuses labels that a rule cannot use, and a ``labels:`` block that contradicts itself."""
+    name, own = cfg.weighting.name, cfg.labels.path is not None
+    if own and cfg.labels.split == "held_out":
+        raise ConfigError(
+            "labels.path: a labelled set of its own is held out already: leave out labels.split"
+        )
+    if cfg.labels.split == "held_out" and cfg.labels.fraction > LARGEST_HELD_OUT:
         raise ConfigError(
             "labels.fraction: the part that is held out: expected a number above 0 and up to "
             f"{LARGEST_HELD_OUT}, got {cfg.labels.fraction}"
         )
-    if rule.needs_labels and cfg.data.no_labels:
-        raise missing_labels("data.no_labels: no image has a label", name)
+    if cfg.data.no_labels and not own:
+        if rule.needs_labels:
+            raise missing_labels("data.no_labels: no image has a label", name)
+        if cfg.labels.val_path is not None:
+            raise ConfigError(
+                "labels.val_path: data.no_labels leaves the probe no label to learn from: set "
+                "labels.path, or leave out one of the two"
+            )
+    key, fix = (
+        ("labels.path", "leave it out") if own else ("labels.split", "set labels.split=train")
+    )
+    held_out = holds_out(cfg.labels)
     if held_out and rule.needs_losses_after and rule.asks_for_gradients(options):
         raise ConfigError(
-            f"labels.split: '{name}' with another scale or heads learns from the pretraining batch "
-            "alone: set labels.split=train"
+            f"{key}: '{name}' with another scale or heads learns from the pretraining batch "
+            f"alone: {fix}"
         )
     if held_out and rule.trains_on_labels:
         raise ConfigError(
-            f"labels.split: '{name}' trains the backbone with the labels, so they cannot be held "
-            "out: set labels.split=train"
+            f"{key}: '{name}' trains the backbone with the labels, so they cannot be held "
+            "out: " + ("give the labelled images as data.train_path" if own else fix)
         )
 
 
@@ -375,8 +397,8 @@ def missing_labels(where: str, rule: str) -> ConfigError:
         rule: the rule's name.
     """
     return ConfigError(
-        f"{where}, but '{rule}' learns from labels: give labels, or a rule that needs none, such "
-        "as weighting.name=fixed"
+        f"{where}, but '{rule}' learns from labels: give labels, or labelled images as "
+        "labels.path, or a rule that needs none, such as weighting.name=fixed"
     )
 
 

@@ -22,11 +22,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.data import (
-    Images,
     evaluation_loader,
+    has_validation,
+    holds_out,
     labelled_loader,
-    load_both,
-    load_images,
+    load_run,
     pretrain_loader,
     resolve_num_classes,
     split_labels,
@@ -138,11 +138,11 @@ def _train_into_folder(source: DictConfig, cfg: DictConfig, callbacks: Sequence[
     _quiet()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
-    train_loader, val_loader, labelled, fingerprints = _loaders(cfg, start.epoch)
+    train_loader, val_loader, held_out, labelled, fingerprints = _loaders(cfg, start.epoch)
     if start.path is not None:
         check_same_data(cfg, directory, fingerprints)
     model = build_model(cfg)
-    check_batch_norms(model, cfg, labelled)
+    check_batch_norms(model, cfg, held_out)
     if cfg.resume_from_checkpoint is not None:
         check_fits(cfg, model, start, "resume_from_checkpoint")
     if cfg.pretrained_feature_extractor is not None and start.path is None:
@@ -243,35 +243,41 @@ def _newest(cfg: DictConfig) -> str:
     return f"; {saved[0]} is from before" if saved else ""
 
 
-def _loaders(cfg: DictConfig, epoch: int) -> tuple[Any, Any, np.ndarray | None, dict[str, Any]]:
-    """The loaders for training, from an epoch on, and validation, the indexes of the images that
-    keep their labels if not all do, and the data's fingerprints. Fills in ``data.num_classes``."""
-    val_images: Images | None = None
-    if no_validation(cfg):
-        train_images = load_images(cfg.data, train=True)
-    else:
-        train_images, val_images = load_both(cfg.data)
-    fingerprints = data_fingerprints(cfg, train_images, val_images)
+def _loaders(
+    cfg: DictConfig, epoch: int
+) -> tuple[Any, Any, int | None, np.ndarray | None, dict[str, Any]]:
+    """The loaders for training, from an epoch on, and validation, the number of held-out images if
+    there are any, the indexes of the images that keep their labels if not all do, and the data's
+    fingerprints. Fills in ``data.num_classes``."""
+    train_images, val_images, own = images = load_run(cfg.data, cfg.labels)
+    fingerprints = data_fingerprints(cfg, images)
     processes = images_per_step(cfg) // cfg.optimizer.batch_size
     if val_images is not None and len(val_images) < processes:
+        key = "data.val_path" if cfg.labels.val_path is None else "labels.val_path"
         raise ConfigError(
-            f"data.val_path: {len(val_images)} images for {processes} processes: give one for each"
+            f"{key}: {len(val_images)} images for {processes} processes: give one for each"
         )
-    parts = [each for each in (train_images, val_images) if each is not None]
+    source = train_images if own is None else own
+    parts = [each for each in (source, val_images) if each is not None]
     cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
     rule = cfg.weighting.name
-    if find_weighting(rule).needs_labels and not (train_images.targets >= 0).any():
+    if find_weighting(rule).needs_labels and not (source.targets >= 0).any():
         raise missing_labels("data.train_path: no training image has a label", rule)
-    train_images, held_out, labelled = split_labels(
-        train_images, cfg.labels.fraction, cfg.labels.split == "held_out", cfg.seed
+    rest, held_out, labelled = split_labels(
+        source, cfg.labels.fraction, holds_out(cfg.labels), cfg.seed
     )
+    if own is None:
+        train_images = rest
+    elif labelled is not None and len(labelled) == len(own):
+        labelled = None
     together = images_per_step(cfg)
     train_loader: Any = pretrain_loader(cfg, train_images, together, epoch)
     if held_out is not None:
         seen = labelled_loader(cfg, held_out, together, epoch)
         train_loader = CombinedLoader({"train": train_loader, "labelled": seen}, "max_size_cycle")
     val_loader = None if val_images is None else evaluation_loader(cfg, val_images, keep=True)
-    return train_loader, val_loader, labelled, fingerprints
+    seen_apart = None if held_out is None else len(held_out)
+    return train_loader, val_loader, seen_apart, labelled, fingerprints
 
 
 def _make_run_folder(directory: Path) -> None:
@@ -328,8 +334,7 @@ def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:
 
 def no_validation(cfg: DictConfig) -> bool:
     """Whether a run has no labelled images to validate on."""
-    missing = cfg.data.dataset != "digits" and cfg.data.val_path is None
-    return bool(cfg.data.no_labels or missing)
+    return not has_validation(cfg.data, cfg.labels)
 
 
 def _quiet() -> None:

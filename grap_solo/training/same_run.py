@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from grap_solo.data import Images, fingerprint
+from grap_solo.data import RunImages, fingerprint
 from grap_solo.errors import ConfigError
 from grap_solo.methods import takes_weighting
 from grap_solo.records.files import CONFIG_FILE, DATA_FILE, read_config, read_json, write_json
@@ -24,6 +24,8 @@ from grap_solo.weighting import DEFAULT_WEIGHTING, find_weighting
 PATHS = {
     "train": "data.train_path",
     "validation": "data.val_path",
+    "labelled": "labels.path",
+    "labelled_validation": "labels.val_path",
     "weights": "pretrained_feature_extractor",
 }
 """The keys that say where the images and the starting weights are, by their part of the data."""
@@ -199,14 +201,15 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 # ---- the data -----------------------------------------------------------------------------------
 
 
-def data_fingerprints(cfg: DictConfig, train: Images, validation: Images | None) -> dict[str, Any]:
+def data_fingerprints(cfg: DictConfig, images: RunImages) -> dict[str, Any]:
     """The fingerprints of a run's images, by the part of the data: see
     :func:`~grap_solo.data.fingerprint`; and that of the weights from which its backbone starts."""
-    parts = {"train": (train, cfg.data.train_path), "validation": (validation, cfg.data.val_path)}
-    found: dict[str, Any] = {
-        part: None if images is None else fingerprint(images, root or "")
-        for part, (images, root) in parts.items()
-    }
+    validation = "validation" if cfg.labels.val_path is None else "labelled_validation"
+    parts = {"train": images.train, validation: images.validation, "labelled": images.labelled}
+    found: dict[str, Any] = {part: None for part in PATHS}
+    for part, each in parts.items():
+        if each is not None:
+            found[part] = fingerprint(each, OmegaConf.select(cfg, PATHS[part]) or "")
     return {**found, "weights": _digest(cfg.pretrained_feature_extractor)}
 
 

@@ -34,17 +34,23 @@ class Data(Block):
     )
     train_path: str | None = Field(
         None,
-        description="The training images: a folder or file. As in every path, `~` and `$VARIABLES` "
-        "are replaced.",
+        description="The training images: a folder, a file, or a pattern of Parquet files. As in "
+        "every path, `~` and `$VARIABLES` are replaced.",
     )
     val_path: str | None = Field(
         None, description="The validation images. Without them a run is not validated."
     )
     format: Annotated[str, OneOf(FORMATS)] = Field(
         "image_folder",
-        description="How the images are stored: in folders (CIFAR: torchvision's own files) or in "
-        "one Parquet file.",
+        description="How the images are stored: `image_folder`, in folders or listed in a CSV file "
+        "(CIFAR: torchvision's own files); `parquet`, in Parquet files; or `huggingface`, in a "
+        "dataset that `datasets` has saved to disk.",
     )
+    image_key: str | None = Field(
+        None,
+        description="The column of the images; by default `img` or `image`, in a CSV file `file`.",
+    )
+    label_key: str | None = Field(None, description="The column of the labels; by default `label`.")
     no_labels: bool = Field(False, description="Whether to ignore the images' labels.")
     fraction: float = Field(
         -1, ge=-1, description="The share of the training images to use; -1 uses all."
@@ -121,13 +127,24 @@ class Labels(Strict):
         1.0,
         gt=0,
         le=1,
-        description="The share of the training images whose labels are used; with `held_out`, the "
+        description="The share of the labelled images whose labels are used; with `held_out`, the "
         "share that is held out, up to 0.5.",
     )
     split: Annotated[str, OneOf(("train", "held_out"))] = Field(
         "train",
         description="Which images have labels: `train`, images that the terms train on too; "
         "`held_out`, images that train the probe and steer the weights only.",
+    )
+    path: str | None = Field(
+        None,
+        description="A labelled set of its own, which trains the probe and steers the weights: a "
+        "folder of class folders, or a file. `data.train_path` then needs no labels, and "
+        "`fraction` counts in this set, up to 1.",
+    )
+    val_path: str | None = Field(
+        None,
+        description="Labelled images to validate on. By default those of `data.val_path`, unless "
+        "`data.no_labels` is set.",
     )
 
 

@@ -10,7 +10,7 @@ from grap_solo.methods import METHODS, GrapAll4One, find_method
 from grap_solo.training.config import prepare
 
 GRIDS = sorted((CONFIGS / "table3").glob("*.yaml"))
-DATASETS = ("digits", "cifar10", "cifar100", "imagenet100")
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet100", "custom")
 FILES = sorted(file for dataset in DATASETS for file in (CONFIGS / dataset).glob("*.yaml"))
 
 

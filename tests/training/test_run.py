@@ -407,8 +407,10 @@ def test_fewer_validation_images_than_processes_are_refused(tmp_path, monkeypatc
     import grap_solo.training.run as module
     from grap_solo.data.images import Part
 
-    train, validation = module.load_both(prepare(digits(tmp_path)).data)
-    monkeypatch.setattr(module, "load_both", lambda data: (train, Part(validation, [0])))
+    cfg = prepare(digits(tmp_path))
+    images = module.load_run(cfg.data, cfg.labels)
+    one = images._replace(validation=Part(images.validation, [0]))
+    monkeypatch.setattr(module, "load_run", lambda data, labels: one)
     with pytest.raises(ConfigError, match="data.val_path: 1 images for 2 processes"):
         pretrain(digits(tmp_path, "devices=2", "+strategy=ddp"))
     assert not list(tmp_path.rglob("config.yaml"))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from grap_solo import ConfigError
 from grap_solo.data import fingerprint
-from grap_solo.data.datasets import ClassFolders, Folder
+from grap_solo.data.folders import ClassFolders, Folder
 from grap_solo.data.parquet import Parquet
 from grap_solo.experiments.retrain import learned_weighting
 from grap_solo.methods import METHODS
@@ -92,6 +92,8 @@ FREE = {
     "data.download": False,
     "data.train_path": "elsewhere",
     "data.val_path": "elsewhere",
+    "labels.path": "elsewhere",
+    "labels.val_path": "elsewhere",
     "accelerator": "auto",
     "checkpoint.dir": "elsewhere",
     "checkpoint.frequency": 5,
@@ -291,7 +293,7 @@ def test_a_fingerprint_knows_the_same_images_in_another_folder(tmp_path):
         table = pyarrow.table({"img": [{"bytes": b"a"}, {"bytes": spoiled}], "label": [0, 1]})
         file = tmp_path / f"{len(found)}.parquet"
         pyarrow.parquet.write_table(table, file)
-        found.append(fingerprint(Parquet(file), str(file)))
+        found.append(fingerprint(Parquet([file]), str(file)))
     assert found[0] == found[1] != found[2]
 
 
