@@ -80,9 +80,10 @@ def test_the_runs_of_a_table_differ_in_the_weighting_alone(trained):
     for plan in PLANS:
         default = config_of(trained, plan.folder("default"))
         assert default["data"]["batched"] and default["max_epochs"] == 2
-        for run, rule in {"equal": {"name": "equal"}, "grap": {"name": "grap"}}.items():
+        learned = {"name": "grap", **GraP.keep_options({})}  # Its defaults, whatever they are.
+        for run, rule in {"equal": {"name": "equal"}, "grap": learned}.items():
             cfg = config_of(trained, plan.folder(run))
-            assert cfg.pop("weighting") == rule  # The rule's defaults, whatever they are.
+            assert cfg.pop("weighting") == rule
             assert cfg == {**default, "name": cfg["name"], "method": f"grap_{plan.method}"}
     # The tuned run trained with the median and its parent's heads, from scratch, beside it.
     median = trained.folder / "all4one_grap" / "median_weights.yaml"
