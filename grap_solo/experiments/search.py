@@ -48,6 +48,8 @@ from grap_solo.training.same_run import (
     data_fingerprints,
     describe_free,
     find_differences,
+    keep_config,
+    of_its_version,
     refuse_differences,
 )
 
@@ -115,7 +117,7 @@ def search(
             f"method_kwargs: the reference weight of {', '.join(zero)} is 0, and a search looks "
             f"within a factor of {RANGE:g} of it: give it some weight"
         )
-    plain = _shared_keys(source)
+    plain = keep_config(_shared_keys(source))
     settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": plain}
     settings = json.loads(json.dumps(settings, default=str))  # As the study returns them.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -231,7 +233,9 @@ def _check_settings(old: dict[str, Any], new: dict[str, Any], directory: Path) -
     flags = ("sampler", "pruner", "seed")
     own = [Difference(f"--{key}", old.get(key), new.get(key)) for key in flags]
     found = [each for each in own if each.old != each.new]
-    both = [{"name": STUDY_FILE, **each.get("configuration", {})} for each in (old, new)]
+    both = [
+        {"name": STUDY_FILE, **of_its_version(each.get("configuration", {}))} for each in (old, new)
+    ]
     found += find_differences(*both)
     free = refuse_differences(found, f"{directory}: holds a search", "another folder")
     if not free:

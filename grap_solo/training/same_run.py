@@ -143,22 +143,29 @@ def _default_rule(plain: Mapping[Any, Any]) -> str:
 
 
 def read_run_config(directory: Path) -> dict[str, Any]:
-    """The configuration that a run has kept, as plain values, with the defaults of the version that
-    has kept it.
+    """The configuration that a run has kept, as :func:`of_its_version` reads it.
 
     Raises:
         ConfigError: see :func:`~grap_solo.records.files.read_config`.
     """
-    read: Any = OmegaConf.to_container(read_config(directory / CONFIG_FILE))
-    plain = {str(key): value for key, value in read.items()}
+    return of_its_version(OmegaConf.to_container(read_config(directory / CONFIG_FILE)))
+
+
+def of_its_version(kept: Any) -> dict[str, Any]:
+    """A kept configuration, with the defaults of the version that has kept it.
+
+    Args:
+        kept: what :func:`keep_config` of this version or an earlier one has returned.
+    """
+    plain = {str(key): value for key, value in kept.items()}
     block = plain.get("weighting") or {}
     with contextlib.suppress(ConfigError):  # An unknown rule, or none, is refused later on.
         if isinstance(block, dict):
             rest = {key: value for key, value in block.items() if key != "name"}
             name = block.get("name", _default_rule(plain))
-            kept = find_weighting(name).kept_options(rest)
-            if kept or block:
-                plain["weighting"] = {"name": name, **kept}
+            options = find_weighting(name).kept_options(rest)
+            if options or block:
+                plain["weighting"] = {"name": name, **options}
     return plain
 
 

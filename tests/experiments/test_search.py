@@ -111,7 +111,7 @@ def test_what_a_search_leaves_behind(done):
         assert row["state"] == "complete" and row["reason"] == "" and float(row["seconds"]) > 0
         weights = {term: float(row[term]) for term in TERMS}
         if row["name"] == "grap":
-            assert saved["weighting"]["name"] == "grap" and saved["weighting"]["lr"] == 0.2
+            assert saved["weighting"]["name"] == "grap" and saved["weighting"]["lr_per_run"] == 1
             median = yaml.safe_load((done / "grap" / "median_weights.yaml").read_text())
             assert weights == pytest.approx(median["weighting"]["weights"])
             continue
@@ -294,6 +294,16 @@ def test_other_settings_in_the_same_folder_are_refused(done, overrides, settings
         search(configuration("weighting.lr_per_run=1", *overrides), done, 3, **settings)
     for path, written in before.items():
         assert path.stat().st_mtime_ns == written
+
+
+def test_a_search_of_the_version_with_other_defaults_is_told_apart(copy):
+    study = study_of(copy)
+    settings = study.user_attrs["settings"]
+    assert settings["configuration"]["weighting"]["parametrization"] == "exp"
+    settings["configuration"]["weighting"] = {"name": "grap", "lr_per_run": 1}
+    study.set_user_attr("settings", settings)
+    with pytest.raises(ConfigError, match="weighting.parametrization 'clip', not 'exp'"):
+        go_on(copy, 3)
 
 
 def test_where_the_runs_go_and_what_they_are_called_is_no_difference(done):
