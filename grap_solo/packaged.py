@@ -20,7 +20,7 @@ CONFIGS = find_configs()
 
 
 def list_packaged() -> list[str]:
-    """The names of all files, such as ``cifar10/grap_vicreg``, in order."""
+    """The names of all files, such as ``cifar10/grap``, in order."""
     files = CONFIGS.rglob("*.yaml")
     return sorted(file.relative_to(CONFIGS).with_suffix("").as_posix() for file in files)
 
@@ -29,7 +29,7 @@ def find_packaged(name: str) -> Path:
     """The file of a name.
 
     Args:
-        name: such as ``cifar10/grap_vicreg``, with or without ``.yaml``.
+        name: such as ``cifar10/grap``, with or without ``.yaml``.
 
     Raises:
         ConfigError: no such file.
