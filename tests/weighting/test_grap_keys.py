@@ -308,7 +308,9 @@ def test_a_schedules_factor_multiplies_the_learning_rate():
 
 @pytest.mark.parametrize("recipe", [None, "paper"])
 def test_a_learning_rate_per_run_is_divided_by_the_runs_steps(recipe):
-    weighting, plain = grap(lr_per_run=1.5, recipe=recipe), grap(lr=1.5 / 40, recipe=recipe)
+    weighting = grap(lr_per_run=1.5, recipe=recipe)
+    own = {"parametrization": "exp"} if recipe is None else {}
+    plain = grap(lr=1.5 / 40, recipe=recipe, **own)
     with pytest.raises(ConfigError, match="weighting.lr_per_run: the number of steps .* not known"):
         weighting(statistics(0))
     weighting.eval()(statistics(0))  # Held weights need no learning rate.

@@ -521,7 +521,8 @@ def spoiled(batch: Batch, cause: str, where: str) -> Statistics:
 def test_grap_over_any_path(data, keys, recipe, path):
     """Never negative, all zero or not finite; the composite has the reference norm; and a step
     that is left out changes nothing and says why."""
-    weighting = build("grap", path[0].count, **keys, recipe=recipe)
+    own = {"parametrization": "exp"} if recipe is None else {}  # As `lr` asks for.
+    weighting = build("grap", path[0].count, **own | keys, recipe=recipe)
     reference = weighting.reference.clone()
     causes = ["", "", "", "held", "unlabelled", "not finite", "no composite gradient"]
     for batch in path:
