@@ -509,6 +509,7 @@ def test_a_method_that_solo_learn_has_not_stands_on_its_base(monkeypatch):
     assert issubclass(method, BaseMomentumMethod)
     assert any(each.__module__ == "grap_solo.solo.all4one" for each in method.__mro__)
     model = method(method_config("all4one", weighting={"name": "grap"}))
+    model.weighting.set_total_steps(8)
     model.log = model.log_dict = lambda *args, **kwargs: None
     assert model.training_step(image_batch(), 0).isfinite()
 
