@@ -84,7 +84,7 @@ def test_main_pretrain_trains_grap_and_main_linear_loads_it(images, tmp_path):
     assert terms == ["nnclr", "attn_nnclr", "byol", "barlow"] and len(steps) == 6
     assert (checkpoint.parent / "median_weights.yaml").exists()
     assert (checkpoint.parent / "args.json").exists()
-    assert weights[0].min() == weights[0].max() and weights[-1].min() != weights[-1].max()
+    assert (weights > 0).all() and (weights[0] != weights[-1]).all()
 
     # main_linear.py loads with strict=False: that every key fits is asserted here.
     from solo.backbones import resnet18
