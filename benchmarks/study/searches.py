@@ -1,4 +1,4 @@
-"""What a search of the weights finds, computed from the runs of a map.
+"""Computes from the runs of a map which weights a search would keep.
 
     python benchmarks/study/searches.py docs/results/study/map-cifar10/map.csv
 

@@ -22,7 +22,7 @@ from grap_solo.data.images import Images, Sample, open_rgb
 from grap_solo.errors import ConfigError
 
 STATE, SPLITS_FILE = "state.json", "dataset_dict.json"
-"""What marks a folder of a saved dataset, and of one with several splits."""
+"""The files by which a saved dataset is known, and one with several splits."""
 
 SPLITS = {True: ("train",), False: ("validation", "val", "test")}
 
