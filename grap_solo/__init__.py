@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from grap_solo.balance import SharedHead, Step, balance
     from grap_solo.errors import ConfigError
     from grap_solo.exported import load_backbone
+    from grap_solo.lightning_module import BalanceMixin
     from grap_solo.weighting import (
         Equal,
         Fixed,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceMixin",
     "ConfigError",
     "Equal",
     "Fixed",
@@ -44,6 +46,7 @@ __all__ = [
 if not TYPE_CHECKING:  # A type checker reads the imports above and refuses every other name.
     _MODULES = {"ConfigError": "errors", "SharedHead": "balance", "Step": "balance"}
     _MODULES |= {"balance": "balance", "load_backbone": "exported"}
+    _MODULES |= {"BalanceMixin": "lightning_module"}
 
     def __getattr__(name: str) -> Any:
         """Imports a public name when it is first used (PEP 562)."""

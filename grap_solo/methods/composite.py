@@ -17,6 +17,7 @@ from grap_solo.balance import HeldOut, SharedHead, Step, balance
 from grap_solo.distributed import mean_over_ranks
 from grap_solo.errors import ConfigError
 from grap_solo.keys import Key
+from grap_solo.lightning_module import count_batches, schedule_factor
 from grap_solo.methods.guarded import GuardedMethod, Taken
 from grap_solo.methods.losses import Projections, Views, probe_loss
 from grap_solo.methods.modules import copy_and_reinitialize, frozen_statistics
@@ -368,8 +369,7 @@ class CompositeMethod(GuardedMethod):
         """Gives the weighting the optimiser's schedule, if it follows it."""
         super().on_train_batch_start(batch, batch_idx)
         if self.weighting.follows_schedule:
-            group = self.trainer.optimizers[0].param_groups[0]
-            self.weighting.lr_factor = group["lr"] / group.get("initial_lr", group["lr"])
+            self.weighting.lr_factor = schedule_factor(self.trainer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Updates, after an optimiser step, a weighting that needs the losses after it.
@@ -403,19 +403,8 @@ class CompositeMethod(GuardedMethod):
         # first steps are skipped.
         self.effective_weights = self.weighting.reference
         self.last_step = self.trainer.global_step
-        self.weighting.set_total_steps(self._count_batches())
+        self.weighting.set_total_steps(count_batches(self.trainer))
         if self.last_step and isinstance(self, BaseMomentumMethod):
             self.momentum_updater.update_tau(
                 self.last_step, int(self.trainer.estimated_stepping_batches)
             )
-
-    def _count_batches(self) -> float:
-        """The batches of the whole run on each device, however it is cut; infinite without an end.
-
-        A weighting learns from every batch, so gradient accumulation does not change their number.
-        """
-        trainer = self.trainer
-        counts = [trainer.estimated_stepping_batches * trainer.accumulate_grad_batches]
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            counts.append(trainer.max_epochs * trainer.num_training_batches)
-        return min(counts)
