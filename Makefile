@@ -1,11 +1,12 @@
 # make demo   train with hand-tuned, equal and learned weights on scikit-learn's digits
 # make test   run the test suite; the quick part: make test PYTEST_ARGS='-m "not slow"'
 # make check  format, lint, types and the import contract
+# make dist   build the sdist and the wheel, and check their metadata and contents
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -19,6 +20,13 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy grap_solo
 	$(BIN)/lint-imports --no-logo
+
+# A file that has been deleted must not come back from an earlier build.
+dist: $(VENV)/.installed-dev
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +42,4 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
