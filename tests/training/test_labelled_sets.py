@@ -1,9 +1,12 @@
 """Labels from a set of their own, and images without any."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from helpers import Killed, killed_at, quiet_digits
+from helpers import Killed, in_two_processes, killed_at, quiet_digits, same_in_both
 from PIL import Image
 from test_resume import assert_equal, left
 
@@ -104,6 +107,45 @@ def test_a_run_with_a_labelled_set_resumes_to_the_bit(moment, images, tmp_path):
         pretrain(configuration(images, tmp_path / "parts", *changes), [killed_at(moment, 1)])
     pretrain(configuration(images, tmp_path / "parts", *changes))
     assert_equal(left(tmp_path / "parts"), left(tmp_path / "whole"))
+
+
+def train_and_list(images, directory, *changes):
+    """Trains, and writes the images of each step and their labels into ``directory/DEVICES.json``,
+    with those of both processes together."""
+    steps = {"train": [], "labelled": []}
+    step = CompositeMethod.training_step
+
+    def watched(self, batch, batch_idx):
+        for name, (indexes, _, labels) in batch.items():
+            pairs = torch.stack([indexes, labels])
+            if self.trainer.world_size > 1:
+                both = [torch.empty_like(pairs) for _ in range(2)]
+                torch.distributed.all_gather(both, pairs)
+                pairs = torch.cat(both, dim=1)
+            steps[name].append(sorted(pairs.T.tolist()))
+        return step(self, batch, batch_idx)
+
+    CompositeMethod.training_step = watched  # In a process of two, which ends after this.
+    try:
+        run = pretrain(configuration(images, directory, *changes))
+    finally:
+        CompositeMethod.training_step = step
+    state = list(run.model.weighting.state_dict().values())
+    count = run.cfg.devices if isinstance(run.cfg.devices, int) else len(run.cfg.devices)
+    same = count == 1 or same_in_both(state)
+    Path(directory, f"{count}.json").write_text(json.dumps({"steps": steps, "same": same}))
+
+
+def test_two_processes_see_the_images_and_labels_of_one(images, tmp_path):
+    changes = [f"+labels.val_path={images}/val", "+labels.fraction=0.7", "max_epochs=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    train_and_list(str(images), str(one), *changes)
+    both = ["devices=2", "+strategy=ddp", "optimizer.batch_size=8"]
+    in_two_processes(train_and_list, str(images), str(two), *changes, *both)
+    alone, together = (json.loads(next(each.glob("?.json")).read_text()) for each in (one, two))
+    assert together["same"] and len(alone["steps"]["labelled"]) == 6
+    assert together["steps"] == alone["steps"]
 
 
 def test_a_run_resumes_with_the_same_labelled_set_alone(images, tmp_path):
