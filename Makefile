@@ -1,11 +1,12 @@
 # make demo   train with hand-tuned, equal and learned weights on scikit-learn's digits
 # make test   run the test suite; the quick part: make test PYTEST_ARGS='-m "not slow"'
+# make docs   build the documentation's site: docs/_build/html
 # make check  format, lint, types and the import contract
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test docs check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -13,6 +14,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/sphinx-build -W --keep-going -n -q docs docs/_build/html
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -34,4 +38,4 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build docs/_build docs/notebooks *.egg-info .pytest_cache .ruff_cache .mypy_cache
