@@ -26,7 +26,7 @@ author = "The grap-solo contributors"
 release = version = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints", "results/*/summary.md", "results/*/*/map.md"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints", "results/**/summary.md", "results/**/map.md"]
 
 html_theme = "furo"
 html_title = f"grap-solo {release}"
