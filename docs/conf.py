@@ -36,6 +36,7 @@ html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 highlight_language = "text"
+smartquotes = False  # They turn the dashes of a flag such as --heads into one.
 
 nb_execution_mode = "off"  # The notebooks are shown as committed.
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # Would be loaded from another server.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def commands_page() -> str:
         parts += [
             f"## {name}\n",
             f"{parser.description}\n",
-            f"```text\n{_usage(name, parser)}\n```\n",
+            f"```text\n{_wrap(_usage(name, parser))}\n```\n",
             _arguments(parser),
             f"Example: `{example}`\n",
         ]
@@ -192,6 +193,10 @@ def _usage(name: str, parser: Parser) -> str:
         text = " ".join(filter(None, (flag, _metavar(action))))
         parts.append(text if _is_required(action) else f"[{text}]")
     return " ".join(["grap-solo", name, *parts])
+
+
+def _wrap(usage: str) -> str:
+    return textwrap.fill(usage, 84, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _arguments(parser: Parser) -> str:

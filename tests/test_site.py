@@ -134,6 +134,12 @@ def test_every_page_is_in_the_menu(site):
 
 
 @pytest.mark.slow
+def test_a_flag_keeps_its_dashes(site):
+    text = (site / "commands.html").read_text()
+    assert "with hydra's --multirun" in text and "\N{EN DASH}" not in text
+
+
+@pytest.mark.slow
 def test_the_notebooks_show_their_committed_outputs(site):
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         text = (site / "notebooks" / notebook.name).with_suffix(".html").read_text()
