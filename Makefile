@@ -1,12 +1,13 @@
 # make demo   train with hand-tuned, equal and learned weights on scikit-learn's digits
 # make test   run the test suite; the quick part: make test PYTEST_ARGS='-m "not slow"'
+# make docs   build the documentation's site: docs/_build/html
 # make check  format, lint, types and the import contract
 # make dist   build the sdist and the wheel, and check their metadata and contents
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check dist clean
+.PHONY: demo test docs check dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -14,6 +15,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/sphinx-build -W --keep-going -n -q docs docs/_build/html
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -42,4 +46,4 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist docs/_build docs/notebooks *.egg-info .pytest_cache .ruff_cache .mypy_cache

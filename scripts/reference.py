@@ -1,18 +1,23 @@
 #!/usr/bin/env python
-"""Writes docs/configuration.md, the reference of every configuration key: scripts/reference.py
+"""Writes docs/configuration.md and docs/commands.md, the references of every configuration key and
+of every command: scripts/reference.py
 
-Everything in it comes from the schema, the weighting rules and the methods.
+Everything in them comes from the schema, the weighting rules, the methods and the command line's
+parsers.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from grap_solo.arguments import Parser, build_parser
 from grap_solo.keys import Key
 from grap_solo.methods import METHODS, CompositeMethod
 from grap_solo.solo.base import DEFAULTS, MOMENTUM_DEFAULTS
@@ -22,7 +27,7 @@ from grap_solo.training.schema import schema_of
 from grap_solo.weighting import DEFAULT_WEIGHTING, WEIGHTINGS
 from grap_solo.weighting.base import treatment_keys
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[1] / "docs"
 BASE_DEFAULTS = OmegaConf.merge(OmegaConf.create(DEFAULTS), OmegaConf.create(MOMENTUM_DEFAULTS))
 FROM_CODE = ("method_kwargs", "weighting")  # Their keys depend on the method and the rule.
 
@@ -38,9 +43,20 @@ solo-learn's, are accepted, except in `labels`, `diagnostics` and `weighting`; a
 a misspelling of a known one is refused everywhere.
 """
 
+COMMANDS_INTRODUCTION = """\
+# Commands
+
+<!-- Written by scripts/reference.py from grap_solo/arguments.py: edit the parsers there. -->
+
+`grap-solo COMMAND --help` prints the same. A command that trains takes `key=value`, which changes a
+key of the [configuration](configuration.md) as hydra does: a key that the file does not have needs
+a `+` in front, `++` sets a key in either case, and `~key` takes one out. Input that cannot be used
+ends with one line that names the key, flag or file, and with exit code 2.
+"""
+
 
 def page() -> str:
-    """The text of the page."""
+    """The text of the page of configuration keys."""
     model = schema_of(METHODS["all4one"], WEIGHTINGS["fixed"])  # Of any.
     fields = model.model_fields
     blocks = {name: each for name, field in fields.items() if (each := block_of(field))}
@@ -152,6 +168,79 @@ def _first_sentence(rule: type) -> str:
     return text.split("\n\n")[0].replace("``", "`") + "\n"
 
 
+def commands_page() -> str:
+    """The text of the page of commands."""
+    parts = [COMMANDS_INTRODUCTION]
+    for name, parser in build_parser()[1].items():
+        example = (parser.epilog or "").rpartition("example: ")[2]
+        parts += [
+            f"## {name}\n",
+            f"{parser.description}\n",
+            f"```text\n{_wrap(_usage(name, parser))}\n```\n",
+            _arguments(parser),
+            f"Example: `{example}`\n",
+        ]
+    return "\n".join(parts)
+
+
+def _usage(name: str, parser: Parser) -> str:
+    """A command's usage. Made here where the parser has none: argparse's differs by version."""
+    if parser.usage:
+        return " ".join(parser.usage.split())
+    parts = []
+    for action in _shown(parser):
+        flag = action.option_strings[-1] if action.option_strings else ""
+        text = " ".join(filter(None, (flag, _metavar(action))))
+        parts.append(text if _is_required(action) else f"[{text}]")
+    return " ".join(["grap-solo", name, *parts])
+
+
+def _wrap(usage: str) -> str:
+    return textwrap.fill(usage, 84, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _arguments(parser: Parser) -> str:
+    """The table of a command's arguments and flags, with that of its overrides."""
+    lines = ["| argument | meaning |", "|---|---|"]
+    for action in _shown(parser):
+        flags = ", ".join(f"`{each}`" for each in action.option_strings)
+        value = _metavar(action)
+        left = " ".join(filter(None, (flags, f"`{value}`" if value else "")))
+        lines.append(f"| {_escape(left)} | {_escape(action.help or '')} |")
+    if (parser.epilog or "").startswith("key=value: "):
+        text = (parser.epilog or "").partition("\n\nexample: ")[0].removeprefix("key=value: ")
+        lines.append(f"| `key=value` | {' '.join(text.split())} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _escape(text: str) -> str:
+    """A text for a cell of a table."""
+    return text.replace("|", "\\|")
+
+
+def _shown(parser: Parser) -> list[argparse.Action]:
+    """The arguments of a parser in order, positional ones first, without ``--help``."""
+    actions = [each for each in parser._actions if each.dest != "help"]
+    return sorted(actions, key=lambda each: bool(each.option_strings))
+
+
+def _metavar(action: argparse.Action) -> str:
+    """The value of an argument, as its usage names it; empty for a flag without a value."""
+    if action.nargs == 0:
+        return ""
+    if isinstance(action.metavar, tuple):
+        return " ".join(action.metavar)
+    if action.choices:
+        return "|".join(map(str, action.choices))
+    name = action.metavar or action.dest.upper()
+    return f"{name} ..." if action.nargs in ("+", "*", argparse.REMAINDER) else name
+
+
+def _is_required(action: argparse.Action) -> bool:
+    return action.required or (not action.option_strings and action.nargs not in ("?", "*"))
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    print(f"wrote {PAGE.relative_to(Path.cwd()) if PAGE.is_relative_to(Path.cwd()) else PAGE}")
+    for name, text in (("configuration.md", page()), ("commands.md", commands_page())):
+        (DOCS / name).write_text(text)
+        print(f"wrote docs/{name}")

@@ -79,7 +79,7 @@ def test_the_package_itself_brings_torch_and_numpy_alone():
     assert {*everything[0].split(",")} == {*EXTRAS} - {"train", "report"}  # In search.
 
 
-@pytest.mark.parametrize("folder", ["scripts", "benchmarks", "tests", "notebooks"])
+@pytest.mark.parametrize("folder", ["scripts", "benchmarks", "tests", "notebooks", "docs"])
 def test_what_the_tests_and_scripts_import_is_pinned(folder):
     lines = (ROOT / "requirements-dev.txt").read_text()
     pinned = {re.split(r"[=\[ ]", line)[0].lower() for line in lines.split("\n")}

@@ -1,14 +1,11 @@
 """A LightningModule with the mixin trains as a plain loop with ``balance`` does."""
 
-import os
-import re
 import subprocess
 import sys
 
 import pytest
 import pytorch_lightning
 import torch
-from helpers import ROOT
 from lightning import pytorch as lightning
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -164,30 +161,6 @@ def test_the_mixin_needs_no_lightning():
     code = "import sys; from grap_solo import BalanceMixin; print('lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-@pytest.mark.slow
-def test_the_guides_scripts_run(tmp_path):
-    text = (ROOT / "docs" / "guides" / "lightning.md").read_text()
-    scripts = re.findall(r"`(\w+\.py)`[^`]*:\n\n```python\n(.*?)```", text, flags=re.DOTALL)
-    for name, code in scripts:
-        (tmp_path / name).write_text(code)
-    commands = re.findall(r"^python (.*?)(?: +#.*)?$", text, flags=re.MULTILINE)
-    assert len(scripts) == 2 and len(commands) == 4
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    for command in commands:
-        done = subprocess.run(
-            [sys.executable, *command.split()],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found = dict(re.findall(r"'([\w/]+)': (-?[\d.]+)", done.stdout))
-        assert 0 < float(found["loss/covariance"]) < 100
-        if "torchjd" not in command:
-            assert float(found["weight/covariance"]) > 0 and -1 < float(found["alignment"]) < 1
 
 
 def test_a_weighting_is_a_submodule_of_the_checkpoint(tmp_path):

@@ -229,7 +229,7 @@ class Weighting(nn.Module, ABC):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the embedding gradients must be computed: for the rule, or for its keys."""
+        """Whether the rule, or a key of it, needs the embedding gradients."""
         return self.asks_for_gradients(self.options)
 
     @property

@@ -7,6 +7,7 @@ from helpers import METHOD_KWARGS, ROOT
 from torch import nan
 
 from grap_solo import ConfigError
+from grap_solo.arguments import build_parser
 from grap_solo.keys import Key
 from grap_solo.methods import METHODS, CompositeMethod
 from grap_solo.methods.composite import CONFIG_KEYS
@@ -14,7 +15,8 @@ from grap_solo.training.blocks import block_of, key_of, validate
 from grap_solo.training.schema import Configuration, schema_of
 from grap_solo.weighting import WEIGHTINGS
 
-REFERENCE = ROOT / "docs" / "configuration.md"
+DOCS = ROOT / "docs"
+HELP = ("-h", "--help")
 BAD = [-1, 0, 1, 1.5, 10**6, True, "nonsense", "refrence", [1], {"a": -1.0}, {"a": 1.0}, nan]
 MINIMAL = {
     "name": "run",
@@ -44,9 +46,22 @@ def fields(model, prefix=""):
             yield from fields(block, f"{prefix}{name}.")
 
 
-def test_the_reference_is_what_the_schema_says():
-    page = runpy.run_path(str(ROOT / "scripts" / "reference.py"))["page"]()
-    assert REFERENCE.read_text() == page, "run python scripts/reference.py"
+@pytest.mark.parametrize(
+    "file, function", [("configuration", "page"), ("commands", "commands_page")]
+)
+def test_a_reference_is_what_the_code_says(file, function):
+    page = runpy.run_path(str(ROOT / "scripts" / "reference.py"))[function]()
+    assert (DOCS / f"{file}.md").read_text() == page, "run python scripts/reference.py"
+
+
+def test_every_command_and_flag_is_in_the_reference():
+    text = (DOCS / "commands.md").read_text()
+    for name, parser in build_parser()[1].items():
+        section = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        for action in parser._actions:
+            assert all(f"`{flag}`" in section for flag in action.option_strings if flag not in HELP)
+            assert action.dest == "help" or action.help.replace("|", r"\|") in section
+        assert parser.epilog.rpartition("example: ")[2] in section
 
 
 @pytest.mark.parametrize("method", METHODS)
