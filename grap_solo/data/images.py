@@ -18,7 +18,7 @@ from grap_solo.errors import ConfigError
 if TYPE_CHECKING:
     import pyarrow
 
-Targets = dict[str, np.ndarray]
+TargetsByHead = dict[str, np.ndarray]
 """Targets by the name of their downstream head, each (N,) or (N, L): whole numbers for classes,
 with -1 where one is missing, else float32, with NaN."""
 
@@ -51,7 +51,7 @@ class Images(Dataset[Sample]):
     """
 
     targets: np.ndarray
-    values: Targets | None = None
+    values: TargetsByHead | None = None
     classes: int | None = None
     class_names: Sequence[str] | None = None
 
@@ -108,7 +108,9 @@ class Relabelled(Images):
         values: the targets of the downstream heads, which an image then comes with.
     """
 
-    def __init__(self, dataset: Images, targets: np.ndarray, values: Targets | None = None) -> None:
+    def __init__(
+        self, dataset: Images, targets: np.ndarray, values: TargetsByHead | None = None
+    ) -> None:
         self.dataset, self.targets, self.values = dataset, targets, values
         self.classes, self.class_names = dataset.classes, dataset.class_names
 

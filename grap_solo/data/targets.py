@@ -10,7 +10,14 @@ from omegaconf import DictConfig
 
 from grap_solo.data.columns import number_labels, read_numbers
 from grap_solo.data.datasets import match_classes, resolve_num_classes
-from grap_solo.data.images import Images, Relabelled, Targets, drop_labels, is_missing, no_targets
+from grap_solo.data.images import (
+    Images,
+    Relabelled,
+    TargetsByHead,
+    drop_labels,
+    is_missing,
+    no_targets,
+)
 from grap_solo.errors import ConfigError
 
 Heads = Mapping[str, Any]
@@ -40,7 +47,7 @@ def attach_targets(
         ConfigError: a column is missing or does not fit its task, or a head has no target at all.
     """
     parts = [each for each in (train, validation) if each is not None]
-    values: list[Targets] = [{} for _ in parts]
+    values: list[TargetsByHead] = [{} for _ in parts]
     labels: list[Images] = []
     for name, head in heads.items():
         where = f"downstream.{name}"

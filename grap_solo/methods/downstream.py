@@ -16,7 +16,7 @@ from grap_solo.distributed import mean_over_ranks
 from grap_solo.errors import ConfigError
 
 
-class Rows(Metric):
+class KeptRows(Metric):
     """Keeps rows (B, columns) of all batches and ranks, until they are computed on."""
 
     full_state_update = False
@@ -55,7 +55,7 @@ class Head(nn.Linear):
 
     def __init__(self, features_dim: int, entry: Mapping[str, Any]) -> None:
         super().__init__(features_dim, self.width(entry))
-        self.kept = Rows()
+        self.kept = KeptRows()
 
     @staticmethod
     @abstractmethod
