@@ -421,7 +421,7 @@ def _check_downstream(cfg: DictConfig) -> None:
         names = list(head.get("columns") or [])
         if len(set(names)) < len(names):
             raise ConfigError(f"{where}.columns: {', '.join(names)}: name each column once")
-    if has_classes(cfg):
+    if any(head.task == "classification" for head in cfg.downstream.values()):
         return
     for key in ("knn_eval.enabled", "momentum.classifier"):
         if OmegaConf.select(cfg, key):
@@ -431,11 +431,12 @@ def _check_downstream(cfg: DictConfig) -> None:
             )
 
 
-def has_classes(cfg: DictConfig) -> bool:
-    """Whether a run has an online accuracy: without a ``downstream`` block, or with a head in it
-    that classifies."""
-    heads = cfg.get("downstream")
-    return heads is None or any(each.task == "classification" for each in heads.values())
+def learns_labels(cfg: DictConfig) -> bool:
+    """Whether a run's online accuracy is by the images' own labels: without a ``downstream`` block,
+    or where the first head that classifies learns these."""
+    heads = (cfg.get("downstream") or {}).values()
+    first = next((head for head in heads if head.task == "classification"), None)
+    return not heads or (first is not None and first.get("column") is None)
 
 
 def missing_labels(where: str, rule: str) -> ConfigError:

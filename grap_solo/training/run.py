@@ -60,8 +60,8 @@ from grap_solo.training.checkpoints import (
 )
 from grap_solo.training.config import (
     expand_paths,
-    has_classes,
     images_per_step,
+    learns_labels,
     missing_labels,
     prepare,
     run_dir,
@@ -332,10 +332,10 @@ def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:
             f"data.val_path: {what} compares accuracies on labelled validation images: give some, "
             "and leave out data.no_labels"
         )
-    if not has_classes(cfg):
+    if not learns_labels(cfg):
         raise ConfigError(
-            f"downstream: {what} compares accuracies, and no head of the block is of task "
-            "classification: add one"
+            f"downstream: {what} compares accuracies by the images' own labels: let the first head "
+            "of task classification have no column, or set data.label_key to its column"
         )
     if images_per_step(cfg) != cfg.optimizer.batch_size:
         raise ConfigError(
