@@ -355,10 +355,10 @@ def _prepared(cell: Cell) -> DictConfig:
     source.pretrained_feature_extractor = None
     cfg = prepare(source)
     train, validation, labelled = load_run(cfg.data, cfg.labels, cfg.downstream)
-    source = train if labelled is None else labelled
-    fill_in_classes(cfg, *(each for each in (source, validation) if each is not None))
+    with_labels = train if labelled is None else labelled
+    fill_in_classes(cfg, *(each for each in (with_labels, validation) if each is not None))
     if cfg.downstream is not None:
-        fill_in_scales(cfg.downstream, source)
+        fill_in_scales(cfg.downstream, with_labels)
     return cfg
 
 

@@ -56,9 +56,11 @@ def write_saved(folder, columns):
     table = pq.read_table(folder / "whole.parquet")
     saved = folder / "saved"
     saved.mkdir()
-    with pa.OSFile(str(saved / "data.arrow"), "wb") as sink:
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+    with (
+        pa.OSFile(str(saved / "data.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
     (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
     return {"train_path": str(saved), "format": "huggingface"}
 

@@ -129,7 +129,7 @@ def loss_and_gradients(part):
 
 def process(path):
     dist.init_process_group("gloo")
-    # The first has 2 of 4 known classes, 1 of 4 sizes and 3 of 8 tags: a mean of means would differ.
+    # The first knows 2 of 4 classes, 1 of 4 sizes, 3 of 8 tags: a mean of means would differ.
     part = slice(0, 2) if dist.get_rank() == 0 else slice(2, 6)
     loss, gradients, embedding = loss_and_gradients(part)
     for each in (loss, gradients):  # As DDP averages, and as metrics are.
