@@ -39,8 +39,14 @@ INTRODUCTION = """\
 A configuration is a YAML file with solo-learn's keys and a few more. Every key below is checked
 before any data is read; a mistake gives one line that names the key and the fix. A key that is
 left out, or null, has its default. A key without a default is **required**. Other keys, such as
-solo-learn's, are accepted, except in `labels`, `diagnostics` and `weighting`; a key that looks like
-a misspelling of a known one is refused everywhere.
+solo-learn's, are accepted, except in `labels`, `downstream`, `diagnostics` and `weighting`; a key
+that looks like a misspelling of a known one is refused everywhere.
+"""
+
+DOWNSTREAM = """\
+The block has an entry for each downstream head, by a name of your own; the table has the keys of an
+entry. Without the block the only head is the online probe, which classifies. See
+[Downstream heads](guides/downstream-heads.md).
 """
 
 COMMANDS_INTRODUCTION = """\
@@ -71,6 +77,8 @@ def page() -> str:
     for name, each in blocks.items():
         if name not in FROM_CODE:
             parts += [f"## `{name}`\n", _fields(each, each.model_fields, f"{name}.")]
+        if name == "downstream":
+            parts.append(DOWNSTREAM)
         if name == "optimizer":
             parts.append(_optimizer_defaults())
     parts += [*_weighting(), *_methods()]

@@ -92,6 +92,11 @@ def check_own_loop(folder, names):
     assert names["step"].weights.shape == (2,) and names["projector"].weight.grad is not None
 
 
+def check_downstream_heads(folder, names):
+    assert re.search("digit acc1 .*ink r2 .*tags map", names["printed"])
+    assert names["step"].weights.tolist() != [1, 1]
+
+
 def check_lightning(folder, names):
     runs = sorted((folder / "logs").rglob("metrics.csv"))
     assert len(runs) == 4  # GraP, GraP in two processes, UPGrad, torchjd's own backward.
@@ -113,6 +118,7 @@ CHECKS = {
     "tune-and-search": check_tune_and_search,
     "own-loop": check_own_loop,
     "lightning": check_lightning,
+    "downstream-heads": check_downstream_heads,
     "own-rule": check_own_rule,
 }
 """The files and values that a guide's blocks leave."""

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    Sampler,
+    StackDataset,
+    default_collate,
+)
 
 from grap_solo.data.augmentations import (
     Transform,
@@ -21,6 +28,7 @@ from grap_solo.data.datasets import (
     FORMATS,
     NUM_CLASSES,
     load_images,
+    resolve_num_classes,
     split_labels,
 )
 from grap_solo.data.fingerprint import fingerprint
@@ -40,6 +48,7 @@ from grap_solo.data.sampling import (
     ShareSampler,
     mixed_seed,
 )
+from grap_solo.data.targets import fill_in_classes, fill_in_scales
 from grap_solo.data.workers import build_loader, stop_workers
 from grap_solo.errors import ConfigError
 
@@ -52,6 +61,8 @@ __all__ = [
     "UnreadableImage",
     "count_crops",
     "evaluation_loader",
+    "fill_in_classes",
+    "fill_in_scales",
     "fingerprint",
     "has_validation",
     "holds_out",
@@ -69,7 +80,7 @@ __all__ = [
 ]
 
 
-class _Views(Dataset[tuple[int, list[Tensor], int]]):
+class _Views(Dataset[tuple[int, list[Tensor], Any]]):
     """(index, views, label) of each image, as solo-learn's methods expect.
 
     The views depend only on the image and on the draw in its :data:`Place`."""
@@ -80,7 +91,7 @@ class _Views(Dataset[tuple[int, list[Tensor], int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: Place) -> tuple[int, list[Tensor], int]:
+    def __getitem__(self, place: Place) -> tuple[int, list[Tensor], Any]:
         draw, index = place
         image, label = read_image(self.images, index)
         with torch.random.fork_rng(devices=[]):
@@ -88,7 +99,7 @@ class _Views(Dataset[tuple[int, list[Tensor], int]]):
             return index, [transform(image) for transform in self.transforms], label
 
 
-class _Evaluated(Dataset[tuple[Tensor, int]]):
+class _Evaluated(Dataset[tuple[Tensor, Any]]):
     """(transformed image, label) of each image."""
 
     def __init__(self, images: Images, transform: Transform) -> None:
@@ -97,7 +108,7 @@ class _Evaluated(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, label = read_image(self.images, index)
         return self.transform(image), label
 
@@ -153,8 +164,11 @@ def evaluation_loader(cfg: DictConfig, images: Images, keep: bool = False) -> Da
     if not (keep and cfg.data.get("batched", False)):
         return _build_loader(cfg, dataset, sampler, drop_last=False)
     pixels, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
+    targets = default_collate(list(labels))
+    kept: Any = StackDataset(**targets) if isinstance(targets, dict) else targets
+    stacked: Any = torch.stack(pixels)
     return DataLoader(
-        TensorDataset(torch.stack(pixels), torch.tensor(labels)),
+        StackDataset(stacked, kept),
         sampler=BatchSampler(sampler, cfg.optimizer.batch_size, drop_last=False),
         batch_size=None,  # The sampler gives the indexes of whole batches.
         pin_memory=torch.cuda.is_available(),
@@ -176,35 +190,6 @@ def views_loader(cfg: DictConfig, images: Images, views: int) -> DataLoader[Any]
     dataset = _Views(images, transforms * -(-views // len(transforms)))
     places = [(mixed_seed(cfg.seed, 2), index) for index in range(len(images))]
     return _build_loader(cfg, dataset, places, drop_last=False)
-
-
-def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
-    """Returns the number of classes: the dataset's, else ``num_classes``, else the number found.
-
-    Args:
-        data: the ``data:`` block of the configuration.
-        parts: the training and validation images.
-
-    Raises:
-        ConfigError: if the labels, the class folders or ``num_classes`` do not fit it.
-    """
-    found = max([int(each.targets.max()) + 1 for each in parts])
-    declared = max([each.classes or 0 for each in parts])
-    given = data.get("num_classes")
-    expected = NUM_CLASSES.get(data.dataset, given)
-    if expected is None:
-        return max(1, found, declared)
-    if given is not None and given != expected:
-        raise ConfigError(
-            f"data.num_classes: {data.dataset} has {expected} classes, not {given}: remove the key"
-        )
-    if found > expected or (declared and declared != expected and data.dataset != "custom"):
-        raise ConfigError(
-            f"data.num_classes: {expected} does not fit: the images have "
-            f"{max(found, declared)} classes: give the matching data"
-            + (" or number" if data.dataset == "custom" else "")
-        )
-    return int(expected)
 
 
 def _build_training_loader(

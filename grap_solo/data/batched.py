@@ -3,7 +3,7 @@ device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ class MemoryViews(Dataset[list[Any]]):
 
     Args:
         images: uint8, shape (N, 3, H, W).
-        labels: shape (N,).
+        labels: shape (N,), or the targets of each downstream head by its name.
         pipelines: one pipeline for each view.
         device: the device that makes the views. ``cuda`` stands for the device that is current
             when the first batch is made.
@@ -74,7 +74,7 @@ class MemoryViews(Dataset[list[Any]]):
     def __init__(
         self,
         images: Tensor,
-        labels: Tensor,
+        labels: Tensor | dict[str, Tensor],
         pipelines: Sequence[Pipeline],
         device: torch.device | str = "cpu",
     ) -> None:
@@ -86,7 +86,8 @@ class MemoryViews(Dataset[list[Any]]):
 
     @torch.no_grad()
     def __getitem__(self, batch: BatchPlan) -> list[Any]:
-        self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
+        self.images = self.images.to(self.device)
+        self.labels = _of_each(self.labels, lambda each: each.to(self.device))
         indexes = send_to_device(batch.indexes, self.device)
         images = self.images[indexes]
         generator = np.random.default_rng(batch.seed)
@@ -96,7 +97,14 @@ class MemoryViews(Dataset[list[Any]]):
             shape = (batch.world_size * len(indexes), pipeline.columns)
             draws = generator.random(shape, dtype=np.float32)[batch.rank :: batch.world_size]
             views.append(pipeline(images, draws))
-        return [indexes, views, self.labels[indexes]]
+        return [indexes, views, _of_each(self.labels, lambda each: each[indexes])]
+
+
+def _of_each(labels: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Changes labels, or the targets of each head."""
+    if isinstance(labels, dict):
+        return {name: change(each) for name, each in labels.items()}
+    return change(labels)
 
 
 class BatchedLoader:
@@ -172,7 +180,9 @@ def batched_loader(
         cuda = cfg.get("accelerator", "auto") in ("auto", "gpu", "cuda")
         device = "cuda" if cuda and torch.cuda.is_available() else "cpu"
     pipelines = [Pipeline(each) for each in build_views(cfg.data.dataset, cfg.augmentations)]
-    labels = torch.from_numpy(np.asarray(images.targets, dtype=np.int64))
+    labels: Any = torch.from_numpy(np.asarray(images.targets, dtype=np.int64))
+    if images.values is not None:
+        labels = {name: torch.from_numpy(each) for name, each in images.values.items()}
     dataset = MemoryViews(decode(images), labels, pipelines, device)
     workers = cfg.data.num_workers if dataset.device.type == "cpu" else 0
     return BatchedLoader(dataset, sampler, cfg.optimizer.batch_size, drop_last, workers)

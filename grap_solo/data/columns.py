@@ -105,6 +105,59 @@ def number_labels(
     return np.array([number.get(text, -1) for text in texts], dtype=np.int64), names
 
 
+def read_numbers(
+    column: pyarrow.Array | pyarrow.ChunkedArray,
+    where: str,
+    describe: Callable[[int], str],
+    only: tuple[float, ...] = (),
+) -> np.ndarray:
+    """The numbers of a column, float32 of shape (N,); NaN where one is null or NaN.
+
+    Args:
+        column: the column, N rows.
+        where: the configuration's key, and the column, for the errors.
+        describe: names a row, for the errors.
+        only: the numbers that are allowed; empty for all.
+
+    Raises:
+        ConfigError: a value is no finite number, or another one than ``only``; the text names the
+            first such row.
+    """
+    from pyarrow import ChunkedArray, float64, int8, types
+
+    if isinstance(column, ChunkedArray):
+        column = column.combine_chunks()
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if types.is_boolean(column.type):
+        column = column.cast(int8())
+    if types.is_null(column.type):
+        return np.full(len(column), np.nan, np.float32)
+    wanted = " or ".join(f"{each:g}" for each in only) or "a finite number"
+    fix = f"give {wanted} in each row, or nothing where it is unknown"
+    if not (types.is_integer(column.type) or types.is_floating(column.type)):
+        texts = [str(each) for each in column.to_pylist() if each is not None]
+        odd = next((each for each in texts if not _is_number(each)), texts[0] if texts else "")
+        raise ConfigError(f"{where} holds no numbers, but values such as {odd!r}: {fix}")
+    missing = column.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
+    exact = column.cast(float64(), safe=False).to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):  # Refused below.
+        values = np.where(missing, np.nan, exact).astype(np.float32)
+    wrong = ~missing & (~np.isin(values, only) if only else ~np.isfinite(values))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ConfigError(f"{where} has {column[row]} at {describe(row)}: {fix}")
+    return values
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _whole_labels(labels: pyarrow.Array, where: str, describe: Callable[[int], str]) -> np.ndarray:
     """Labels as whole numbers (N,): see :func:`number_labels`."""
     from pyarrow import float64, int8, types

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torchvision.datasets
@@ -11,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from grap_solo.data.columns import choose_column
 from grap_solo.data.folders import Torchvision, load_folder
 from grap_solo.data.images import (
     Images,
@@ -33,6 +35,9 @@ DIGITS_SIZE = 32
 class Digits(Images):
     """scikit-learn's 1,797 handwritten digits of 8x8, upsampled to 32x32 RGB (UCI, 1998).
 
+    Their columns are ``label``; ``ink``, the mean brightness of the 8x8 pixels from 0 to 1; and the
+    digit's properties ``even`` and ``large`` (5 or more), 0 or 1 each.
+
     Args:
         train: whether to take the 70 % for training or the 30 % for validation. The split is
             stratified by class.
@@ -49,6 +54,7 @@ class Digits(Images):
             random_state=0,
         )[0 if train else 1]
         self.targets = digits.target[kept]
+        self.ink = digits.images[kept].mean((1, 2)) / 16
         pixels = (digits.images[kept] * (255 / 16)).round().astype(np.uint8)
         size = (DIGITS_SIZE, DIGITS_SIZE)
         self.images = [
@@ -58,6 +64,17 @@ class Digits(Images):
 
     def __getitem__(self, index: int) -> Sample:
         return self.images[index], int(self.targets[index])
+
+    def read_column(self, name: str, key: str) -> Any:
+        import pyarrow
+
+        columns = {
+            "label": self.targets,
+            "ink": self.ink,
+            "even": 1 - self.targets % 2,
+            "large": self.targets >= 5,
+        }
+        return pyarrow.array(columns[choose_column([*columns], name, key, (), "digits")])
 
 
 def split_labels(
@@ -82,7 +99,7 @@ def split_labels(
     """
     if fraction == 1 and not held_out:
         return images, None, None
-    labelled = np.flatnonzero(images.targets >= 0)
+    labelled = np.flatnonzero(images.labelled)
     kept = labelled
     if fraction < 1:
         try:
@@ -167,6 +184,35 @@ def match_classes(train: Images, validation: Images, key: str = "data.val_path")
     matched = Relabelled(validation, targets)
     matched.classes, matched.class_names = train.classes, ours
     return matched
+
+
+def resolve_num_classes(data: DictConfig, *parts: Images) -> int:
+    """Returns the number of classes: the dataset's, else ``num_classes``, else the number found.
+
+    Args:
+        data: the ``data:`` block of the configuration.
+        parts: the training and validation images.
+
+    Raises:
+        ConfigError: if the labels, the class folders or ``num_classes`` do not fit it.
+    """
+    found = max([int(each.targets.max()) + 1 for each in parts])
+    declared = max([each.classes or 0 for each in parts])
+    given = data.get("num_classes")
+    expected = NUM_CLASSES.get(data.dataset, given)
+    if expected is None:
+        return max(1, found, declared)
+    if given is not None and given != expected:
+        raise ConfigError(
+            f"data.num_classes: {data.dataset} has {expected} classes, not {given}: remove the key"
+        )
+    if found > expected or (declared and declared != expected and data.dataset != "custom"):
+        raise ConfigError(
+            f"data.num_classes: {expected} does not fit: the images have "
+            f"{max(found, declared)} classes: give the matching data"
+            + (" or number" if data.dataset == "custom" else "")
+        )
+    return int(expected)
 
 
 def _load(config: DictConfig, path: Path, key: str, train: bool) -> Images:

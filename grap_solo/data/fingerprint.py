@@ -23,11 +23,15 @@ def fingerprint(images: Images, root: str) -> dict[str, Any]:
 
     Returns:
         The number of ``images``, the number of ``classes`` that their source declares, and a
-        ``digest`` of all labels, of all names of files, and of the stored sizes of 1,000 images
-        spread evenly. The same images in another folder have the same fingerprint.
+        ``digest`` of all labels and downstream targets, of all names of files, and of the stored
+        sizes of 1,000 images spread evenly. The same images in another folder have the same
+        fingerprint.
     """
     count, whole = len(images), hashlib.sha256()
     whole.update(np.ascontiguousarray(images.targets, dtype="<i8").tobytes())
+    for name, each in sorted((images.values or {}).items()):
+        whole.update(f"{name}\0".encode())
+        whole.update(np.ascontiguousarray(each).tobytes())
     for index in range(count):
         file = images.file_of(index)
         if file is not None:

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -14,7 +15,16 @@ from torch.utils.data import Dataset
 
 from grap_solo.errors import ConfigError
 
-Sample = tuple[Image.Image, int]
+if TYPE_CHECKING:
+    import pyarrow
+
+TargetsByHead = dict[str, np.ndarray]
+"""Targets by the name of their downstream head, each (N,) or (N, L): whole numbers for classes,
+with -1 where one is missing, else float32, with NaN."""
+
+Sample = tuple[Image.Image, Any]
+"""An image, and its label; with a ``downstream:`` block its targets by the heads' names."""
+
 RANGES = (255, 2**16 - 1, 2**31 - 1)
 """The largest values of the integer ranges that gray images come in."""
 
@@ -37,14 +47,40 @@ class Images(Dataset[Sample]):
         targets: the labels, shape (N,); -1 for an unlabelled image.
         classes: the number of classes that the source declares; None if it declares none.
         class_names: each label's name; None where the labels are numbers.
+        values: the targets of the downstream heads; None without a ``downstream:`` block.
     """
 
     targets: np.ndarray
+    values: TargetsByHead | None = None
     classes: int | None = None
     class_names: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Whether each image has a label or, with a ``downstream:`` block, any target, (N,)."""
+        if self.values is None:
+            return self.targets >= 0
+        known = [~is_missing(each).reshape(len(self), -1).all(1) for each in self.values.values()]
+        found: np.ndarray = np.any(known, axis=0)
+        return found
+
+    def read_column(self, name: str, key: str) -> pyarrow.Array | pyarrow.ChunkedArray:
+        """The N values of a column of the table that lists the images.
+
+        Args:
+            name: the column.
+            key: the configuration's key that names it, for the error.
+
+        Raises:
+            ConfigError: there is no table, or it has no such column.
+        """
+        raise ConfigError(
+            f"{key}: these images have no columns: list them in a CSV file, or store them as "
+            "Parquet or a saved dataset"
+        )
 
     def describe(self, index: int) -> str:
         """The file or row of an image, for an error's text."""
@@ -69,14 +105,23 @@ class Relabelled(Images):
     Args:
         dataset: the dataset.
         targets: the labels, shape (N,).
+        values: the targets of the downstream heads, which an image then comes with.
     """
 
-    def __init__(self, dataset: Images, targets: np.ndarray) -> None:
-        self.dataset, self.targets = dataset, targets
+    def __init__(
+        self, dataset: Images, targets: np.ndarray, values: TargetsByHead | None = None
+    ) -> None:
+        self.dataset, self.targets, self.values = dataset, targets, values
         self.classes, self.class_names = dataset.classes, dataset.class_names
 
     def __getitem__(self, index: int) -> Sample:
-        return self.dataset[index][0], int(self.targets[index])
+        image = self.dataset[index][0]
+        if self.values is None:
+            return image, int(self.targets[index])
+        return image, {name: each[index] for name, each in self.values.items()}
+
+    def read_column(self, name: str, key: str) -> pyarrow.Array | pyarrow.ChunkedArray:
+        return self.dataset.read_column(name, key)
 
     def describe(self, index: int) -> str:
         return self.dataset.describe(index)
@@ -99,10 +144,15 @@ class Part(Images):
     def __init__(self, dataset: Images, kept: np.ndarray) -> None:
         self.dataset, self.kept = dataset, kept
         self.targets = dataset.targets[kept]
+        if dataset.values is not None:
+            self.values = {name: each[kept] for name, each in dataset.values.items()}
         self.classes, self.class_names = dataset.classes, dataset.class_names
 
     def __getitem__(self, index: int) -> Sample:
         return self.dataset[int(self.kept[index])]
+
+    def read_column(self, name: str, key: str) -> pyarrow.Array | pyarrow.ChunkedArray:
+        return self.dataset.read_column(name, key).take(self.kept)
 
     def describe(self, index: int) -> str:
         return self.dataset.describe(int(self.kept[index]))
@@ -116,14 +166,30 @@ class Part(Images):
 
 def drop_labels(dataset: Images) -> Relabelled:
     """A dataset's images without their labels."""
-    return Relabelled(dataset, np.full(len(dataset), -1))
+    return keep_labels(dataset, np.array([], dtype=np.int64))
 
 
 def keep_labels(dataset: Images, kept: np.ndarray) -> Relabelled:
     """A dataset in which only some images keep their labels, those at the indexes ``kept``."""
     targets = np.full(len(dataset), -1)
     targets[kept] = dataset.targets[kept]
-    return Relabelled(dataset, targets)
+    if dataset.values is None:
+        return Relabelled(dataset, targets)
+    values = {name: no_targets(each) for name, each in dataset.values.items()}
+    for name, each in dataset.values.items():
+        values[name][kept] = each[kept]
+    return Relabelled(dataset, targets, values)
+
+
+def is_missing(values: np.ndarray) -> np.ndarray:
+    """Whether each target is missing, in the shape of ``values``."""
+    missing: np.ndarray = np.isnan(values) if values.dtype.kind == "f" else values < 0
+    return missing
+
+
+def no_targets(like: np.ndarray) -> np.ndarray:
+    """Targets in the shape of others, all of them missing."""
+    return np.full_like(like, np.nan if like.dtype.kind == "f" else -1)
 
 
 def read_image(images: Images, index: int) -> Sample:

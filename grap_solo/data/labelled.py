@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from grap_solo.data.datasets import load_images, match_classes
 from grap_solo.data.images import Images
 from grap_solo.data.saved import is_saved
+from grap_solo.data.targets import Heads, attach_targets, uses_labels, without_targets
 from grap_solo.errors import ConfigError
 
 CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -46,7 +47,7 @@ def has_validation(data: DictConfig, labels: DictConfig) -> bool:
     return not data.no_labels and (data.dataset == "digits" or data.val_path is not None)
 
 
-def load_run(data: DictConfig, labels: DictConfig) -> RunImages:
+def load_run(data: DictConfig, labels: DictConfig, heads: Heads | None = None) -> RunImages:
     """Loads all images of a run, with the same number for a class in each part.
 
     Classes of folders, and of texts, are matched by their names.
@@ -54,20 +55,28 @@ def load_run(data: DictConfig, labels: DictConfig) -> RunImages:
     Args:
         data: see :func:`~grap_solo.data.datasets.load_images`.
         labels: the ``labels:`` block, with ``path`` and ``val_path``.
+        heads: the ``downstream:`` block, if any. The images then come with the targets of its
+            heads, and the number of classes of each head is filled in.
 
     Raises:
-        ConfigError: see ``load_images``; or if a validation class is not among the training's, or
-            no image of ``labels.path`` has a label.
+        ConfigError: see ``load_images`` and ``attach_targets``; or if a validation class is not
+            among the training's, or no image of ``labels.path`` has a label.
     """
+    known = heads is None or uses_labels(heads)
     if labels.get("path") is None:
-        train, labelled = load_images(data, train=True), None
+        train, labelled = load_images(data if known else _unlabelled(data), train=True), None
     else:
-        train = load_images(_changed(data, no_labels=True), train=True)
-        labelled = _load_labelled(data, labels)
-    validation = None
+        train = load_images(_unlabelled(data), train=True)
+        labelled = _load_labelled(data, labels, known)
+    source, validation = train if labelled is None else labelled, None
     if has_validation(data, labels):
-        validation = _load_validation(data, labels, train if labelled is None else labelled)
-    return RunImages(train, validation, labelled)
+        validation = _load_validation(data, labels, source, known)
+    if heads is None:
+        return RunImages(train, validation, labelled)
+    source, validation = attach_targets(heads, data, source, validation)
+    if labelled is None:
+        return RunImages(source, validation, None)
+    return RunImages(without_targets(train, source), validation, source)
 
 
 def load_both(data: DictConfig, labels: DictConfig | None = None) -> tuple[Images, Images]:
@@ -122,10 +131,11 @@ def kind_of(path: str) -> tuple[str, str]:
     return "custom", "image_folder"
 
 
-def _load_labelled(data: DictConfig, labels: DictConfig) -> Images:
-    """Loads the images of ``labels.path``."""
-    images = load_images(_block_at(data, labels.path), True, "labels.path")
-    if not (images.targets >= 0).any():
+def _load_labelled(data: DictConfig, labels: DictConfig, known: bool = True) -> Images:
+    """Loads the images of ``labels.path``; without their labels unless these are ``known``."""
+    block = _block_at(data, labels.path)
+    images = load_images(block if known else _unlabelled(block), True, "labels.path")
+    if known and not (images.targets >= 0).any():
         raise ConfigError(
             f"labels.path: no image of {labels.path} has a label: give labelled images, or leave "
             "the key out"
@@ -133,16 +143,18 @@ def _load_labelled(data: DictConfig, labels: DictConfig) -> Images:
     return images
 
 
-def _load_validation(data: DictConfig, labels: DictConfig, train: Images) -> Images:
+def _load_validation(
+    data: DictConfig, labels: DictConfig, train: Images, known: bool = True
+) -> Images:
     """Loads the validation images, with the numbers that the labelled training images have for
-    their classes."""
+    their classes; without labels unless these are ``known``."""
     path, key = labels.get("val_path"), "labels.val_path"
     if path is None:
         key, block = "data.val_path", data
     else:
         block = _block_at(data, path)
-    images = load_images(block, False, key)
-    if not (images.targets >= 0).any():
+    images = load_images(block if known else _unlabelled(block), False, key)
+    if known and not (images.targets >= 0).any():
         raise ConfigError(
             f"{key}: no validation image has a label: give labelled images, or leave the key out"
         )
@@ -154,6 +166,11 @@ def _block_at(data: DictConfig, path: str) -> DictConfig:
     dataset, form = kind_of(path)
     own = {"dataset": dataset, "format": form, "train_path": path, "val_path": path}
     return _changed(data, **own, no_labels=False, fraction=-1)
+
+
+def _unlabelled(data: DictConfig) -> DictConfig:
+    """A copy of a block whose images have no labels."""
+    return _changed(data, no_labels=True)
 
 
 def _changed(data: DictConfig, **changes: Any) -> DictConfig:

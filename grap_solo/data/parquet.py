@@ -129,18 +129,8 @@ class Parquet(Images):
         if not labelled:
             self.targets = np.full(self.starts[-1], -1)
             return
-        try:
-            joined = pyarrow.concat_tables(
-                [pyarrow.table({"label": each}) for each in labels], promote_options="permissive"
-            )
-        except pyarrow.ArrowException:
-            kinds = ", ".join(sorted({str(each.type) for each in labels}))
-            raise ConfigError(
-                f"{files[0].parent}: the labels of its files are of several types ({kinds}): store "
-                "them alike"
-            ) from None
         self.targets, self.class_names = number_labels(
-            joined["label"], str(files[0]), self.describe
+            _join(labels, files[0].parent, "labels"), str(files[0]), self.describe
         )
         if self.class_names is not None:
             self.classes = len(self.class_names)
@@ -150,6 +140,16 @@ class Parquet(Images):
         if data is None:
             raise ValueError("it is null")
         return open_rgb(io.BytesIO(data)), int(self.targets[index])
+
+    def read_column(self, name: str, key: str) -> Any:
+        import pyarrow.parquet
+
+        parts = []
+        for path in self.files:
+            names = pyarrow.parquet.read_schema(path).names
+            choose_column(names, name, key, (), str(path))
+            parts.append(_decoded(pyarrow.parquet.read_table(path, columns=[name])[name]))
+        return _join(parts, self.files[0].parent, f"values of '{name}'")
 
     def describe(self, index: int) -> str:
         group = self._group_of(index)
@@ -209,3 +209,28 @@ def _decoded(labels: Any) -> Any:
     if types.is_dictionary(labels.type):
         return labels.cast(labels.type.value_type)
     return labels
+
+
+def _join(parts: Sequence[Any], folder: Path, what: str) -> Any:
+    """A column of several files as one.
+
+    Args:
+        parts: the column in each file.
+        folder: where the files are, for the error.
+        what: what the column holds, for the error.
+
+    Raises:
+        ConfigError: its types do not fit each other.
+    """
+    import pyarrow
+
+    try:
+        joined = pyarrow.concat_tables(
+            [pyarrow.table({"column": each}) for each in parts], promote_options="permissive"
+        )
+    except pyarrow.ArrowException:
+        kinds = ", ".join(sorted({str(each.type) for each in parts}))
+        raise ConfigError(
+            f"{folder}: the {what} of its files are of several types ({kinds}): store them alike"
+        ) from None
+    return joined["column"]

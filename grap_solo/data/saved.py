@@ -123,6 +123,10 @@ class SavedDataset(Images):
             raise ValueError("it is null")
         return open_rgb(file), int(self.targets[index])
 
+    def read_column(self, name: str, key: str) -> Any:
+        table = self._map()
+        return table[choose_column(table.column_names, name, key, (), str(self.path))]
+
     def describe(self, index: int) -> str:
         return f"{self.path}, row {index} (the first is 0)"
 
@@ -166,21 +170,10 @@ class ListedFiles(Images):
         import pyarrow
 
         self.path = path
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                names, *rows = [row for row in csv.reader(file) if row] or [[]]
-        except (OSError, UnicodeError, csv.Error) as error:
-            raise ConfigError(f"{path}: not a CSV file that can be read ({error})") from None
-        names = [name.strip() for name in names]
+        names, rows = self._read()
         column = names.index(
             choose_column(names, image_key, "data.image_key", ("file",), str(path))
         )
-        short = next((row for row in rows if len(row) != len(names)), None)
-        if short is not None:
-            raise ConfigError(
-                f"{path}: the row {','.join(short)} has {len(short)} columns, not {len(names)}: "
-                "write texts with commas in quotes"
-            )
         self.files = [os.path.join(path.parent, row[column].strip()) for row in rows]
         missing = next((file for file in self.files if not os.path.isfile(file)), None)
         if missing is not None:
@@ -194,8 +187,40 @@ class ListedFiles(Images):
             self.targets, self.class_names = number_labels(labels, str(path), self._name_row)
             self.classes = None if self.class_names is None else len(self.class_names)
 
+    def _read(self) -> tuple[list[str], list[list[str]]]:
+        """The names of the columns, and the rows."""
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                names, *rows = [row for row in csv.reader(file) if row] or [[]]
+        except (OSError, UnicodeError, csv.Error) as error:
+            raise ConfigError(f"{self.path}: not a CSV file that can be read ({error})") from None
+        names = [name.strip() for name in names]
+        short = next((row for row in rows if len(row) != len(names)), None)
+        if short is not None:
+            raise ConfigError(
+                f"{self.path}: the row {','.join(short)} has {len(short)} columns, not "
+                f"{len(names)}: write texts with commas in quotes"
+            )
+        return names, rows
+
     def __getitem__(self, index: int) -> Sample:
         return open_rgb(self.files[index]), int(self.targets[index])
+
+    def read_column(self, name: str, key: str) -> Any:
+        """The values of a column: numbers if all of them are, else texts; null where it is empty.
+
+        See :meth:`~grap_solo.data.images.Images.read_column`."""
+        import pyarrow
+
+        names, rows = self._read()
+        column = names.index(choose_column(names, name, key, (), str(self.path)))
+        texts = [row[column].strip() or None for row in rows]
+        try:
+            return pyarrow.array(
+                [None if text is None else float(text) for text in texts], pyarrow.float64()
+            )
+        except ValueError:
+            return pyarrow.array(texts, pyarrow.string())
 
     def describe(self, index: int) -> str:
         return self.files[index]

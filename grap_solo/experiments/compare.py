@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from grap_solo.data import evaluation_loader, load_both, load_run, resolve_num_classes
+from grap_solo.data import (
+    evaluation_loader,
+    fill_in_classes,
+    fill_in_scales,
+    load_both,
+    load_run,
+)
 from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import device_of, evaluate
 from grap_solo.experiments.grid import Cell, plan
@@ -146,7 +152,7 @@ def say_what_differs(found: Sequence[tuple[Cell, Sequence[Difference]]]) -> None
         moved = any(each.key in PATHS.values() for each in differences)
         if moved and (cell.directory / RESULT_FILE).exists():
             cfg = prepare(cell.cfg)
-            data = data_fingerprints(cfg, load_run(cfg.data, cfg.labels))
+            data = data_fingerprints(cfg, load_run(cfg.data, cfg.labels, cfg.downstream))
             if cell.parent is not None:  # It starts from that run.
                 data.pop("weights")
             check_same_data(cfg, cell.directory, data)
@@ -348,7 +354,11 @@ def _prepared(cell: Cell) -> DictConfig:
     source = OmegaConf.create(read_run_config(cell.directory))
     source.pretrained_feature_extractor = None
     cfg = prepare(source)
-    cfg.data.num_classes = resolve_num_classes(cfg.data, *load_both(cfg.data, cfg.labels))
+    train, validation, labelled = load_run(cfg.data, cfg.labels, cfg.downstream)
+    with_labels = train if labelled is None else labelled
+    fill_in_classes(cfg, *(each for each in (with_labels, validation) if each is not None))
+    if cfg.downstream is not None:
+        fill_in_scales(cfg.downstream, with_labels)
     return cfg
 
 

@@ -124,7 +124,14 @@ def evaluate_source(
 def _measure_source(source: Source, wanted: set[str], umap: Path | None) -> dict[str, Any]:
     """Embeds the images and measures the embeddings."""
     cfg = source.cfg
-    train_images, val_images = load_both(cfg.data, cfg.get("labels"))
+    try:
+        train_images, val_images = load_both(cfg.data, cfg.get("labels"))
+    except ConfigError as error:
+        if cfg.get("downstream") is None:
+            raise
+        raise ConfigError(
+            f"{error}; evaluate needs the images' own labels, whatever the downstream heads learn"
+        ) from None
     seen = copy.deepcopy(cfg)
     seen.data.dataset = source.seen
     device = device_of(cfg)

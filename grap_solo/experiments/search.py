@@ -244,7 +244,7 @@ def _check_settings(old: dict[str, Any], new: dict[str, Any], directory: Path) -
     runs = sorted(each.parent for each in directory.glob(f"*/{CONFIG_FILE}"))
     if runs and any(each.key in PATHS.values() for each in free):
         cfg = prepare(OmegaConf.create(both[1]))
-        images = load_run(cfg.data, cfg.labels)
+        images = load_run(cfg.data, cfg.labels, cfg.downstream)
         check_same_data(cfg, runs[0], data_fingerprints(cfg, images))
 
 

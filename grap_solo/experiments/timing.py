@@ -104,7 +104,18 @@ def random_batch(cfg: DictConfig) -> list[Any]:
     size, count = cfg.augmentations[0].crop_size, cfg.optimizer.batch_size
     generator = torch.Generator().manual_seed(cfg.seed)
     views = [torch.randn(count, 3, size, size, generator=generator) for _ in range(2)]
-    return [torch.arange(count), views, torch.arange(count) % cfg.data.num_classes]
+    labels: Any = torch.arange(count) % cfg.data.num_classes
+    if cfg.get("downstream") is not None:
+        labels = {name: _targets_of(head, count) for name, head in cfg.downstream.items()}
+    return [torch.arange(count), views, labels]
+
+
+def _targets_of(head: Any, count: int) -> torch.Tensor:
+    """Targets of a downstream head for a number of images."""
+    if head.task == "classification":
+        return torch.arange(count) % head.classes
+    shape = (count,) if head.task == "regression" else (count, len(head.columns))
+    return (torch.arange(count) % 2).float().reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
 
 
 def in_turns(

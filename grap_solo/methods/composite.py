@@ -19,7 +19,7 @@ from grap_solo.errors import ConfigError
 from grap_solo.keys import Key
 from grap_solo.lightning_module import count_batches, schedule_factor
 from grap_solo.methods.guarded import GuardedMethod, Taken
-from grap_solo.methods.losses import Projections, Views, probe_loss
+from grap_solo.methods.losses import Projections, Views
 from grap_solo.methods.modules import copy_and_reinitialize, frozen_statistics
 from grap_solo.methods.recorded import TermLosses
 from grap_solo.solo import BaseMethod, BaseMomentumMethod, register_backbone
@@ -61,7 +61,7 @@ class CompositeMethod(GuardedMethod):
     """A self-supervised method of two views whose loss is a weighted sum of terms.
 
     The weights come from a ``weighting:`` block. The downstream head is the online probe, which
-    ignores labels of -1.
+    ignores labels of -1, or the heads of a ``downstream:`` block.
 
     To write a method, derive from this class; for a method with a momentum network, from this class
     and :class:`~grap_solo.solo.BaseMomentumMethod`. Define
@@ -272,13 +272,17 @@ class CompositeMethod(GuardedMethod):
 
         Args:
             batch: ``[indexes, [view1, view2], labels]``; or a dictionary of two such batches,
-                ``train`` for the terms and ``labelled`` for the downstream head.
+                ``train`` for the terms and ``labelled`` for the downstream head. With a
+                ``downstream:`` block the labels are each head's targets by its name.
             batch_idx: the batch's number in the epoch.
         """
         self._remember_state()
         labelled = None
         if isinstance(batch, Mapping):
             batch, labelled = batch["train"], batch["labelled"]
+        truth = (batch if labelled is None else labelled)[2]
+        if self.heads_downstream is not None:
+            batch = [*batch[:2], self.labels_of(batch[2])]
         # Calls the base directly, which embeds both views and logs the probe's metrics: the
         # method's own class would compute its loss.
         momentum = isinstance(self, BaseMomentumMethod)
@@ -291,10 +295,10 @@ class CompositeMethod(GuardedMethod):
         self.weighting.train(self.current_epoch >= self.weighting.warmup_epochs)
         if batch_idx == 0 and self.current_epoch:
             self.weighting.end_epoch()  # After the last epoch's checkpoint has been saved.
-        truth = (batch if labelled is None else labelled)[2]
         step = self._balance(outputs["feats"], targets, truth, held_out)
         diagnostics = self._diagnose(step, outputs["feats"], held_out)
-        self._taken = Taken(step, outputs, targets, batch, held_out, truth, diagnostics)
+        labels = self.labels_of(truth)
+        self._taken = Taken(step, outputs, targets, batch, held_out, labels, diagnostics)
         return step.loss + outputs.get("momentum_loss", 0)
 
     def finish_step(self, taken: Taken) -> None:
@@ -308,17 +312,17 @@ class CompositeMethod(GuardedMethod):
             self._log_labelled(taken.step, taken.held_out, taken.labels)
 
     def _balance(
-        self, embeddings: Views, targets: Any, labels: Tensor, held_out: HeldOut | None
+        self, embeddings: Views, targets: Any, truth: Any, held_out: HeldOut | None
     ) -> Step:
-        """Balances the terms of a batch. ``labels`` are those that train the probe."""
+        """Balances the terms of a batch. ``truth`` is what trains the probe, or the downstream
+        heads."""
 
         def terms(*leaves: Tensor) -> TermLosses:
             projections = self._project(leaves)
             return TermLosses(self.compute_terms(projections, targets), projections)
 
         def downstream(*leaves: Tensor) -> Tensor:
-            losses = [probe_loss(self.classifier(each), labels) for each in leaves]
-            return torch.stack(losses).mean()
+            return self.downstream_loss(leaves, truth)
 
         return self.balance(embeddings, terms, downstream, self.weighting, self.shared, held_out)
 

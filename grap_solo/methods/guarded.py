@@ -31,7 +31,8 @@ class Taken:
         targets: what ``make_targets`` returned.
         batch: ``[indexes, [view1, view2], labels]``.
         held_out: the labelled batch; None if the labels are not held out.
-        labels: those that train the probe, (B,).
+        labels: those that train the probe, (B,); with a ``downstream:`` block those of its first
+            head that classifies.
         diagnostics: the step's cosines and norms, by name.
     """
 

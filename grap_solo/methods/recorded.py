@@ -88,6 +88,9 @@ class RecordedMethod(ProbedMethod):
             views = next(iter(step.returned.projections.values()))
             stds = [F.normalize(each, dim=-1).std(dim=0).mean() for each in views]
             logged["train_z_std"] = torch.stack(stds).mean()
+        if self.heads_downstream is not None:
+            last = self.heads_downstream.last_losses
+            logged |= {f"downstream/{name}": each for name, each in last.items()}
         self.log_dict({**logged, **metrics}, on_epoch=True, sync_dist=True)
         weighting = {
             f"weight/{term}": weight
@@ -106,11 +109,10 @@ class RecordedMethod(ProbedMethod):
             self.log_dict(skipped, on_step=False, on_epoch=True)
 
     def _log_labelled(self, step: Step, held_out: HeldOut, labels: Tensor) -> None:
-        """Logs the probe's loss and accuracy on a held-out batch."""
-        logits = [self.classifier(each) for each in held_out.embeddings]
-        accuracies = [top1_and_top5(each, labels)[0] for each in logits]
-        metrics = {
-            "train_labelled_loss": step.downstream,
-            "train_labelled_acc1": torch.cat(accuracies).mean(),
-        }
+        """Logs the probe's loss and accuracy on a held-out batch, or the downstream heads' loss."""
+        metrics = {"train_labelled_loss": step.downstream}
+        if self._probe is not None:
+            logits = [self._probe(each) for each in held_out.embeddings]
+            accuracies = [top1_and_top5(each, labels)[0] for each in logits]
+            metrics["train_labelled_acc1"] = torch.cat(accuracies).mean()
         self.log_dict(metrics, on_epoch=True, sync_dist=True)

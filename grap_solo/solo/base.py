@@ -101,7 +101,7 @@ class BaseMethod(pl.LightningModule, ABC):
 
         self._build_backbones()
         self.num_classes: int = cfg.data.num_classes
-        self.classifier = nn.Linear(self.features_dim, self.num_classes)
+        self.classifier: nn.Module = nn.Linear(self.features_dim, self.num_classes)
 
         scale = cfg.accumulate_grad_batches or 1
         self.lr: float = cfg.optimizer.lr * scale

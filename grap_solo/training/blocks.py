@@ -154,6 +154,8 @@ def _one_line(model: type[Block], error: ValidationError) -> ConfigError:
         path.append(str(location.pop(0)))
         field = node.model_fields[path[-1]]
         node = block_of(field)
+        if location and _holds_blocks(field):
+            path.append(str(location.pop(0)))
     where = ".".join(path)
     if found["type"] in unknown:
         assert node is not None
@@ -172,9 +174,19 @@ def _one_line(model: type[Block], error: ValidationError) -> ConfigError:
 
 
 def block_of(field: FieldInfo) -> type[Block] | None:
-    """The model of a field that is a block; None of any other field."""
-    options = (field.annotation, *get_args(field.annotation))
-    return next((each for each in options if is_block(each)), None)
+    """The model of a field that is a block, or a block of such blocks; None of any other field."""
+    return next((each for each in _parts_of(field.annotation) if is_block(each)), None)
+
+
+def _holds_blocks(field: FieldInfo) -> bool:
+    """Whether a field holds blocks of one model by their names."""
+    mapping = any(get_origin(each) is dict for each in _parts_of(field.annotation))
+    return mapping and block_of(field) is not None
+
+
+def _parts_of(annotation: Any) -> list[Any]:
+    """An annotation, and all types within it."""
+    return [annotation, *(part for each in get_args(annotation) for part in _parts_of(each))]
 
 
 def is_block(kind: Any) -> bool:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ from grap_solo.training.trainer_keys import check_arguments
 from grap_solo.weighting import DEFAULT_WEIGHTING, Weighting, find_weighting
 
 LARGEST_HELD_OUT = 0.5
+HEAD_NAME = re.compile("[A-Za-z][A-Za-z0-9_]*")
+TAKEN_NAMES = ("knn",)
+"""Names that a downstream head cannot have: its metrics would have those of others."""
+
 MOST_DEVICES = 1024
 LARGEST_NUMBER = 2**32 - 1
 """The largest whole number in a configuration: a seed's. Nothing that is counted has as many."""
@@ -201,7 +206,7 @@ def _without_nulls(value: Any, key: str = "") -> Any:
         return None if value in ("None", "???") else value
     inner = f"{key}." if key else ""
     cleaned = {name: _without_nulls(each, f"{inner}{name}") for name, each in value.items()}
-    if key == "backbone.kwargs":
+    if key in ("backbone.kwargs", "downstream"):  # A head without keys is refused, not left out.
         return cleaned
     return {
         name: each
@@ -351,6 +356,8 @@ def _check_weighting(cfg: DictConfig, rule: type[Weighting]) -> None:
     rule.check_options(options, tuple(reference))
 
     _check_labels(cfg, rule, options)
+    if cfg.get("downstream") is not None:
+        _check_downstream(cfg)
 
 
 def _check_labels(cfg: DictConfig, rule: type[Weighting], options: dict[str, Any]) -> None:
@@ -387,6 +394,49 @@ def _check_labels(cfg: DictConfig, rule: type[Weighting], options: dict[str, Any
             f"{key}: '{name}' trains the backbone with the labels, so they cannot be held "
             "out: " + ("give the labelled images as data.train_path" if own else fix)
         )
+
+
+def _check_downstream(cfg: DictConfig) -> None:
+    """Refuses keys of a head that its task does not take, and blocks that need classes where no
+    head has any."""
+    if cfg.data.no_labels and cfg.labels.path is None:
+        raise ConfigError(
+            "data.no_labels: leaves the downstream heads no target: leave out the key, or the "
+            "downstream block, or set labels.path"
+        )
+    for name, head in cfg.downstream.items():
+        where = f"downstream.{name}"
+        if not isinstance(name, str) or not HEAD_NAME.fullmatch(name) or name in TAKEN_NAMES:
+            raise ConfigError(
+                f"{where}: a head's name is a letter, then letters, digits and _, and none of "
+                f"{', '.join(TAKEN_NAMES)}: give it another one"
+            )
+        right, wrong = "column", "columns"
+        if head.task == "multi_label":
+            right, wrong = wrong, right
+        if head.get(wrong) is not None:
+            raise ConfigError(f"{where}.{wrong}: {head.task} takes '{right}': set that instead")
+        if head.get(right) is None and head.task != "classification":
+            raise missing_key(f"{where}.{right}")
+        names = list(head.get("columns") or [])
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{where}.columns: {', '.join(names)}: name each column once")
+    if any(head.task == "classification" for head in cfg.downstream.values()):
+        return
+    for key in ("knn_eval.enabled", "momentum.classifier"):
+        if OmegaConf.select(cfg, key):
+            raise ConfigError(
+                f"{key}: it needs classes, and no head of the downstream block is of task "
+                f"classification: add one, or set {key}=False"
+            )
+
+
+def learns_labels(cfg: DictConfig) -> bool:
+    """Whether a run's online accuracy is by the images' own labels: without a ``downstream`` block,
+    or where the first head that classifies learns these."""
+    heads = (cfg.get("downstream") or {}).values()
+    first = next((head for head in heads if head.task == "classification"), None)
+    return not heads or (first is not None and first.get("column") is None)
 
 
 def missing_labels(where: str, rule: str) -> ConfigError:

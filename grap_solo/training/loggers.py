@@ -38,15 +38,18 @@ def is_first_process() -> bool:
 
 
 class WeightsProgressBar(TQDMProgressBar):
-    """Shows the epoch, the current effective weights and the probe's accuracy."""
+    """Shows the epoch, the current effective weights and the probe's accuracy; with a
+    ``downstream:`` block the measure of each head."""
 
     accuracy: float | None = None
+    measures: dict[str, str] = {}
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, CompositeMethod)
         named = zip(pl_module.weighting.terms, pl_module.shown_weights, strict=True)
         metrics: dict[str, Any] = {name: format_weight(value) for name, value in named}
-        if self.accuracy is not None:
+        metrics |= self.measures
+        if self.accuracy is not None and not self.measures:
             metrics["probe"] = f"{self.accuracy:.1f}%"
         return metrics
 
@@ -55,9 +58,26 @@ class WeightsProgressBar(TQDMProgressBar):
         # Every process reads it here: reading synchronises, and only the first process has a bar.
         found = trainer.callback_metrics.get("val_acc1")
         self.accuracy = None if found is None else found.item()
+        self.measures = head_measures(trainer, pl_module)
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)  # One bar is enough: it shows the validation accuracy.
+
+
+def head_measures(trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, str]:
+    """The newest measure of each downstream head as a text, by its name; empty without a
+    ``downstream:`` block."""
+    assert isinstance(model, CompositeMethod)
+    heads, shown = model.heads_downstream, {}
+    if heads is None:
+        return {}
+    for name in heads.names:
+        measure = heads.head(name).measure
+        found = trainer.callback_metrics.get(f"val_{name}_{measure}")
+        if found is not None:
+            value = f"{found.item():.3f}" if measure == "r2" else f"{found.item():.1f}%"
+            shown[name] = f"{measure} {value}"
+    return shown
 
 
 class SafeWandbLogger(WandbLogger):

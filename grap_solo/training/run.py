@@ -23,12 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.data import (
     evaluation_loader,
+    fill_in_classes,
+    fill_in_scales,
     has_validation,
     holds_out,
     labelled_loader,
     load_run,
     pretrain_loader,
-    resolve_num_classes,
     split_labels,
     stop_workers,
 )
@@ -60,12 +61,13 @@ from grap_solo.training.checkpoints import (
 from grap_solo.training.config import (
     expand_paths,
     images_per_step,
+    learns_labels,
     missing_labels,
     prepare,
     run_dir,
     terms_of,
 )
-from grap_solo.training.loggers import is_first_process, wandb_run
+from grap_solo.training.loggers import head_measures, is_first_process, wandb_run
 from grap_solo.training.same_run import (
     check_same_data,
     data_fingerprints,
@@ -167,6 +169,9 @@ def _train_into_folder(source: DictConfig, cfg: DictConfig, callbacks: Sequence[
     if not cfg.get("fast_dev_run"):
         _check_finished(trainer, model, cfg, start)
     accuracy = trainer.callback_metrics.get("val_acc1")
+    measures = head_measures(trainer, model)  # All processes: it may synchronise.
+    if trainer.is_global_zero and measures:
+        print(f"{cfg.name}: {', '.join(f'{k} {v}' for k, v in measures.items())}", flush=True)
     # A run that was killed after its last checkpoint has no epoch left to validate.
     online = start.online if accuracy is None else accuracy.item()
     if trainer.is_global_zero and trainer.global_step:
@@ -248,8 +253,9 @@ def _loaders(
 ) -> tuple[Any, Any, int | None, np.ndarray | None, dict[str, Any]]:
     """The loaders for training, from an epoch on, and validation, the number of held-out images if
     there are any, the indexes of the images that keep their labels if not all do, and the data's
-    fingerprints. Fills in ``data.num_classes``."""
-    train_images, val_images, own = images = load_run(cfg.data, cfg.labels)
+    fingerprints. Fills in ``data.num_classes``, and the sizes of the downstream heads."""
+    heads = cfg.get("downstream")
+    train_images, val_images, own = images = load_run(cfg.data, cfg.labels, heads)
     fingerprints = data_fingerprints(cfg, images)
     processes = images_per_step(cfg) // cfg.optimizer.batch_size
     if val_images is not None and len(val_images) < processes:
@@ -259,13 +265,15 @@ def _loaders(
         )
     source = train_images if own is None else own
     parts = [each for each in (source, val_images) if each is not None]
-    cfg.data.num_classes = resolve_num_classes(cfg.data, *parts)
+    fill_in_classes(cfg, *parts)
     rule = cfg.weighting.name
-    if find_weighting(rule).needs_labels and not (source.targets >= 0).any():
+    if find_weighting(rule).needs_labels and not source.labelled.any():
         raise missing_labels("data.train_path: no training image has a label", rule)
     rest, held_out, labelled = split_labels(
         source, cfg.labels.fraction, holds_out(cfg.labels), cfg.seed
     )
+    if heads is not None:
+        fill_in_scales(heads, rest if held_out is None else held_out)
     if own is None:
         train_images = rest
     elif labelled is not None and len(labelled) == len(own):
@@ -323,6 +331,11 @@ def prepare_one_of_many(source: DictConfig, what: str) -> DictConfig:
         raise ConfigError(
             f"data.val_path: {what} compares accuracies on labelled validation images: give some, "
             "and leave out data.no_labels"
+        )
+    if not learns_labels(cfg):
+        raise ConfigError(
+            f"downstream: {what} compares accuracies by the images' own labels: let the first head "
+            "of task classification have no column, or set data.label_key to its column"
         )
     if images_per_step(cfg) != cfg.optimizer.batch_size:
         raise ConfigError(

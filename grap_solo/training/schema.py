@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, create_model
 from grap_solo.data import DATASETS, FORMATS
 from grap_solo.methods import CompositeMethod
 from grap_solo.methods.composite import CONFIG_KEYS
+from grap_solo.methods.downstream import TASKS
 from grap_solo.solo.optimizers import OPTIMIZERS, SCHEDULERS
 from grap_solo.training.blocks import A_BLOCK, Block, OneOf, Strict, keys_model, nested, unfilled
 from grap_solo.weighting import Weighting
@@ -148,6 +149,27 @@ class Labels(Strict):
     )
 
 
+class Downstream(Strict):
+    """One entry of the ``downstream`` block."""
+
+    task: Annotated[str, OneOf(tuple(TASKS))] = Field(
+        description="What the head learns: `classification`, by cross-entropy; `regression`, by "
+        "the mean squared error of targets standardised by the training targets; or `multi_label`, "
+        "by binary cross-entropy."
+    )
+    column: str | None = Field(
+        None,
+        description="The column of the targets. A regression's are numbers. Without it a "
+        "classification learns the images' own labels.",
+    )
+    columns: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        title="a list of columns",
+        description="`multi_label` alone: a column of 0 and 1 for each label.",
+    )
+    weight: float = Field(1.0, gt=0, description="The weight of the head's loss in their sum.")
+
+
 class Performance(Block):
     disable_channel_last: bool = Field(
         False, description="Whether tensors stay in torch's default memory format."
@@ -226,6 +248,9 @@ class Configuration(Block):
     momentum: Momentum | None = unfilled()
     weighting: Block = nested(exclude=True)  # The rule itself fills in its defaults.
     labels: Labels = nested()
+    downstream: Annotated[dict[Any, Downstream], Field(min_length=1)] | None = Field(
+        None, title="a block of one head or more"
+    )
     diagnostics: Block = nested()
     performance: Performance = nested()
     knn_eval: KnnEvaluation | None = unfilled()
