@@ -1,4 +1,4 @@
-"""The launcher on this machine: which GPUs and cores a worker gets, and how runs and workers end."""
+"""The launcher on this machine: the GPUs and cores of each worker, and how runs and workers end."""
 
 import itertools
 import json
