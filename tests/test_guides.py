@@ -12,12 +12,10 @@ from helpers import ROOT
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("guide", ["own-images"])
-def test_a_guides_commands_run(guide, tmp_path):
+def run_commands(guide, tmp_path):
+    """Runs the blocks of a guide that are marked as a shell's; returns how many there are."""
     text = (ROOT / "docs" / "guides" / f"{guide}.md").read_text()
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 4
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for block in blocks:
@@ -29,6 +27,19 @@ def test_a_guides_commands_run(guide, tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return len(blocks)
+
+
+@pytest.mark.slow
+def test_the_commands_for_many_runs_run(tmp_path):
+    assert run_commands("many-runs", tmp_path) == 2
+    for name, results in (("two-at-a-time", 4), ("small-map", 6)):
+        assert len(list((tmp_path / "runs" / name).glob("*/result.json"))) == results
+
+
+@pytest.mark.slow
+def test_the_commands_for_own_images_run(tmp_path):
+    assert run_commands("own-images", tmp_path) == 4
     for name in ("labelled", "unlabelled"):
         assert (tmp_path / "runs" / name / "trained.json").exists()
         weights = (tmp_path / "runs" / name / "weights.csv").read_text().splitlines()
