@@ -136,7 +136,7 @@ def run_all(cells: Sequence[Cell], directory: Path, launcher: Launcher) -> dict[
     for task, reason in run_tasks(list(tasks), launcher, directory, use_gpus(cells)):
         done, cell = done + 1, tasks[task]
         result = read_json(cell.directory / RESULT_FILE)
-        if result is None:  # Which a job of the time limit's may have written in the end.
+        if result is None:  # A job that ended badly may have written one before.
             reasons[cell.directory] = reason or "it has left no result"
         said = f"failed: {reason}" if result is None else _say_linear(result)
         print(f"[{done}/{len(cells)}] {cell.method}, seed {cell.seed}: {said}", flush=True)
