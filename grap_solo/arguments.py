@@ -21,6 +21,7 @@ from grap_solo.records.files import CONFIG_FILE, expand_path
 SAMPLER_NAMES = ("tpe", "random")
 PRUNER_NAMES = ("none", "median")
 FORMAT_NAMES = ("timm", "torchvision", "state-dict", "onnx")
+LAUNCHER_NAMES = ("local", "slurm")
 PRECISION_NAMES = ("32-true", "bf16-mixed")
 CONTENDER_NAMES = ("fixed", "grap", "grap_compiled", "k_backwards", "torchjd", "solo_learn")
 BENCH_CONFIGS = "cifar10/"
@@ -70,6 +71,7 @@ class Parser(argparse.ArgumentParser):
         ):
             return  # A short flag with its value, such as -cjob.
         near = difflib.get_close_matches(flag, known, n=1, cutoff=0.85)
+        near = [RENAMED_FLAGS[flag]] if RENAMED_FLAGS.get(flag) in known else near
         override = f"{flag.lstrip('-')}={value if equals else following}"
         key = f"a key of the configuration has no dashes: write {override}"
         self.error(f"unknown flag '{flag}': {f'did you mean {near[0]}?' if near else key}")
@@ -105,6 +107,12 @@ def _has_folder(key: str) -> bool:
 
 
 CONFIG_USAGE = "(NAME | --config-path DIR --config-name FILE)"
+LAUNCHER_USAGE = (
+    "[--launcher local|slurm] [--parallel N]\n"
+    "           [--gpus-per-run G] [--cancel-on-interrupt] [key=value ...]"
+)
+SLURM_SETTINGS = "hydra.launcher.KEY=\n           sets up SLURM's jobs, as for pretrain"
+RENAMED_FLAGS = {"--processes": "--parallel"}
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -212,12 +220,13 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "compare",
         "train methods x seeds and write one table with its pictures; started again, it resumes",
         "grap-solo compare digits/grap 'methods=[fixed,grap]' 'seeds=[5,6]'",
-        "methods=[...] and seeds=[...] say what to train, processes=N how many runs at a time;\n"
+        "methods=[...] and seeds=[...] say what to train; launcher=, parallel= and gpus_per_run=\n"
+        f"           are the flags of these names, as a grid's file has them; {SLURM_SETTINGS};\n"
         "           any other key changes the configuration of all runs",
-        usage=f"{CONFIG_USAGE}\n           [methods=[...]] [seeds=[...]] [processes=N] "
-        "[key=value ...]",
+        usage=f"{CONFIG_USAGE}\n           [methods=[...]] [seeds=[...]] {LAUNCHER_USAGE}",
     )
     _add_config_flags(compare)
+    _add_launcher_flags(compare)
 
     search = add(
         "search",
@@ -255,11 +264,12 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "train with every pair of weights of two terms and draw the accuracies as a map, with the "
         "way of the learned weights; started again, it resumes",
         "grap-solo map digits/NAME --terms X Y --values 0.04 0.2 1 5 25 100 --seeds 1 2",
-        "changes a key of the configuration of all runs",
+        f"changes a key of the configuration of all runs; {SLURM_SETTINGS}",
         usage=f"{CONFIG_USAGE} --terms X Y --values WEIGHT ...\n           [--seeds N ...] "
-        "[--processes N] [key=value ...]",
+        f"{LAUNCHER_USAGE}",
     )
     _add_config_flags(chart)
+    _add_launcher_flags(chart)
     chart.add_argument(
         "--terms", nargs=2, required=True, metavar=("X", "Y"),
         help="the two terms whose weights vary; the others keep theirs",
@@ -271,10 +281,6 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     chart.add_argument(
         "--seeds", nargs="+", type=_at_least(0), metavar="N",
         help="the seeds of every run (default: the configuration's)",
-    )  # fmt: skip
-    chart.add_argument(
-        "--processes", type=_at_least(1), default=1, metavar="N",
-        help="how many runs train at a time (default: 1)",
     )  # fmt: skip
 
     report = add(
@@ -340,6 +346,41 @@ def _add_config_flags(parser: Parser) -> None:
     parser.add_argument(
         "--config-name", "-cn", metavar="FILE", help="the file's name, with or without .yaml"
     )
+
+
+def _add_launcher_flags(parser: Parser) -> None:
+    """Adds the flags of which ``cli._launcher`` makes a launcher."""
+    parser.add_argument(
+        "--launcher", choices=LAUNCHER_NAMES,
+        help="where runs train: local, on this machine, or slurm, each as a job on a SLURM "
+        "cluster, such as --launcher slurm hydra.launcher.partition=gpu "
+        "hydra.launcher.timeout_min=600 (default: local)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parallel", type=_at_least(1), metavar="N",
+        help="train at most N runs at a time, such as --parallel 4; locally each in a process with "
+        "a GPU and a share of the cores of its own (default: one after the other, in this process; "
+        "on SLURM as many as it lets)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpus-per-run", type=_gpus, metavar="G",
+        help="the GPUs of each run; below 1 runs share a GPU, such as --parallel 4 --gpus-per-run "
+        "0.5 on two GPUs; accelerator=cpu needs none (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cancel-on-interrupt", action="store_true",
+        help="with --launcher slurm: Ctrl-C also cancels the jobs; without it they go on, and the "
+        "same command takes up their results",
+    )  # fmt: skip
+
+
+def _gpus(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number, or a fraction such as 0.5, got {text!r}"
+        ) from None
 
 
 def _add_pretrain(parser: Parser) -> None:

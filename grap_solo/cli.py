@@ -10,9 +10,9 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grap_solo import __version__
 from grap_solo.arguments import build_parser
@@ -22,6 +22,8 @@ from grap_solo.packaged import find_packaged, list_packaged
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from grap_solo.experiments.tasks import Launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,17 +213,35 @@ def _compare(given: argparse.Namespace) -> None:
     from grap_solo.experiments.compare import compare
     from grap_solo.experiments.grid import read_grid
 
-    cfg, grid = read_grid(
+    cfg, grid, settings = read_grid(
         file, given.overrides, lambda path, changes: _composer(list(changes))(path)
     )
     for key in ("methods", "seeds"):
         if key not in grid:
             raise ConfigError(f"{key}: missing: add {key}=[...] to the command line or the file")
-    if type(grid.get("processes", 1)) is not int or grid.get("processes", 1) < 1:
-        raise ConfigError(
-            f"processes: expected a whole number of 1 or more, got {grid['processes']!r}"
-        )
-    compare(cfg, **grid)
+    launcher = _launcher(given, settings, grid)
+    compare(cfg, grid["methods"], grid["seeds"], grid.get("definitions"), launcher)
+
+
+def _launcher(
+    given: argparse.Namespace,
+    settings: Sequence[str],
+    grid: Mapping[str, Any] | None = None,
+) -> Launcher:
+    """Makes the launcher of a command's flags, or of the keys of a grid where a flag is not given.
+
+    Args:
+        given: with the flags of ``arguments._add_launcher_flags``.
+        settings: of SLURM's jobs, such as ``hydra.launcher.partition=gpu``.
+        grid: may have ``launcher``, ``parallel`` and ``gpus_per_run``.
+    """
+    from grap_solo.experiments.tasks import make_launcher
+
+    name, parallel, gpus = (
+        (grid or {}).get(key) if getattr(given, key) is None else getattr(given, key)
+        for key in ("launcher", "parallel", "gpus_per_run")
+    )
+    return make_launcher(name, parallel, gpus, given.cancel_on_interrupt, settings)
 
 
 def _search(given: argparse.Namespace) -> None:
@@ -234,11 +254,13 @@ def _search(given: argparse.Namespace) -> None:
 
 def _map(given: argparse.Namespace) -> None:
     file = _config_file(given)
+    from grap_solo.experiments.grid import split_settings
     from grap_solo.experiments.weight_map import map_weights
 
-    cfg = _composer(given.overrides)(file)
+    overrides, settings = split_settings(given.overrides)
+    cfg = _composer(overrides)(file)
     terms = given.terms[0], given.terms[1]
-    map_weights(cfg, terms, given.values, given.seeds, given.processes)
+    map_weights(cfg, terms, given.values, given.seeds, _launcher(given, settings))
 
 
 def _report(given: argparse.Namespace) -> None:

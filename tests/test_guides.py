@@ -105,6 +105,11 @@ def check_lightning(folder, names):
     assert sorted(weights) == [0, 1, 1, 1]
 
 
+def check_many_runs(folder, names):
+    for name, results in (("two-at-a-time", 4), ("small-map", 6)):
+        assert len(list((folder / "runs" / name).glob("*/result.json"))) == results
+
+
 def check_own_rule(folder, names):
     step = names["step"]
     norms = step.weights * step.statistics.gramian.diagonal().sqrt()
@@ -118,6 +123,7 @@ CHECKS = {
     "tune-and-search": check_tune_and_search,
     "own-loop": check_own_loop,
     "lightning": check_lightning,
+    "many-runs": check_many_runs,
     "downstream-heads": check_downstream_heads,
     "own-rule": check_own_rule,
 }

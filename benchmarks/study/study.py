@@ -1,6 +1,6 @@
 """Trains the runs of the study in plan.md: one method on one data set, in one stage.
 
-    python benchmarks/study/study.py vicreg digits screen [--processes 2] [key=value ...]
+    python benchmarks/study/study.py vicreg digits screen [--parallel 2] [key=value ...]
 
 Started again, it trains only what is missing. The table of a stage is
 ``runs/study/<method>-<data>-<stage>/summary.md``.
@@ -14,6 +14,7 @@ from typing import Any
 
 from grap_solo.compose import compose
 from grap_solo.experiments.compare import compare
+from grap_solo.experiments.tasks import make_launcher
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("method", choices=sorted({method for _, method in FILES}))
     parser.add_argument("data", choices=sorted({data for data, _ in FILES}))
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--parallel", type=int)
     parser.add_argument("--methods", nargs="+", help="in place of those of the stage")
     parser.add_argument("--seeds", nargs="+", type=int, help="in place of those of the stage")
     given, overrides = parser.parse_known_args()
@@ -106,7 +107,7 @@ def main() -> None:
     cfg = compose(FILES[given.data, given.method], [name, "checkpoint.dir=runs/study", *overrides])
     methods, seeds = given.methods or methods, given.seeds or seeds
     definitions = {each: VARIANTS[each] for each in methods if each in VARIANTS}
-    compare(cfg, methods, seeds, definitions, given.processes)
+    compare(cfg, methods, seeds, definitions, make_launcher(parallel=given.parallel))
 
 
 if __name__ == "__main__":

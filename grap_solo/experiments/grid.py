@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from grap_solo.data import move_labelled_set
 from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.experiments.tasks import SLURM_KEYS
 from grap_solo.methods import weighted_name
 from grap_solo.records.files import check_name, expand_path, read_config
 from grap_solo.training.config import expand_paths, run_dir
@@ -21,7 +22,7 @@ from grap_solo.weighting import WEIGHTINGS
 
 CHILDREN = ("_tuned", "_tuned_weighted", "_scheduled", "_finetuned")
 """Suffixes of methods that start from another method's run."""
-GRID_KEYS = ("methods", "seeds", "processes", "definitions")
+GRID_KEYS = ("methods", "seeds", "definitions", "launcher", "parallel", "gpus_per_run")
 
 
 @dataclass(frozen=True)
@@ -134,19 +135,23 @@ def _configuration(
 
 def read_grid(
     file: Path, overrides: Sequence[str], load: Callable[[Path, Sequence[str]], DictConfig]
-) -> tuple[DictConfig, dict[str, Any]]:
+) -> tuple[DictConfig, dict[str, Any], list[str]]:
     """Reads the common configuration and the grid's keys from a grid's file, or from a
     configuration file and the command line.
 
     A grid's file has a ``base``, the path of a configuration file relative to its own, and may have
-    ``overrides`` of the base, ``name``, ``methods``, ``seeds``, ``processes`` and ``definitions``:
-    see :func:`~grap_solo.experiments.compare.compare`. For any other configuration file, these keys
-    come from the command line.
+    ``overrides`` of the base, ``name``, ``methods``, ``seeds`` and ``definitions``, see
+    :func:`~grap_solo.experiments.compare.compare`, and ``launcher``, ``parallel`` and
+    ``gpus_per_run``, see :func:`~grap_solo.experiments.tasks.make_launcher`. For any other
+    configuration file, these keys come from the command line.
 
     Args:
         file: the grid's file or a configuration file.
         overrides: the command line's: grid keys, or hydra's overrides of the base.
         load: composes a configuration file with overrides.
+
+    Returns:
+        the configuration, the grid's keys, and the settings of SLURM's jobs among the overrides.
 
     Raises:
         ConfigError: unknown keys in the grid's file, a base that does not exist, or an override of
@@ -154,6 +159,8 @@ def read_grid(
     """
     for each in overrides:
         key = each.lstrip("+~").partition("=")[0]
+        if key == "processes":
+            raise _renamed(key)
         if key.partition(".")[0] == "weighting":
             raise ConfigError(
                 f"{key}: each method of a comparison sets its own weighting: define one, such as "
@@ -164,10 +171,13 @@ def read_grid(
     others = [each for each in overrides if each not in given]
     grid: Any = read_config(file)
     if "base" not in grid:
+        others, settings = split_settings(others)
         grid, cfg = OmegaConf.create({}), load(file, others)
     else:
         valid = {"base", "overrides", "name", *GRID_KEYS}
         for key in grid:
+            if key == "processes":
+                raise _renamed(f"{file}: {key}")
             if key not in valid:
                 raise unknown_name(str(file), key, valid)
         if not OmegaConf.is_list(grid.get("overrides", OmegaConf.create([]))):
@@ -176,10 +186,22 @@ def read_grid(
         if not base.is_file():
             raise ConfigError(f"{file}: base: no such file {base}")
         named = [f"name={grid.name}"] if "name" in grid else []
-        cfg = load(base, [*named, *grid.get("overrides", []), *others])
+        others, settings = split_settings([*named, *grid.get("overrides", []), *others])
+        cfg = load(base, others)
     keys = OmegaConf.merge(grid, *(_read_grid_key(each.lstrip("+")) for each in given))
     container: Any = OmegaConf.to_container(keys, resolve=True)
-    return cfg, {key: container[key] for key in GRID_KEYS if container.get(key) is not None}
+    found = {key: container[key] for key in GRID_KEYS if container.get(key) is not None}
+    return cfg, found, settings
+
+
+def split_settings(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits overrides into those of a configuration and the settings of SLURM's jobs."""
+    settings = [each for each in overrides if each.lstrip("+").startswith(SLURM_KEYS)]
+    return [each for each in overrides if each not in settings], settings
+
+
+def _renamed(where: str) -> ConfigError:
+    return ConfigError(f"{where}: it is called parallel now: write parallel in its place")
 
 
 def _read_grid_key(override: str) -> DictConfig:

@@ -12,8 +12,15 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.experiments.compare import check_cell, result_of, run_all, say_what_differs
+from grap_solo.experiments.cells import (
+    check_cell,
+    check_launcher,
+    result_of,
+    run_all,
+    say_what_differs,
+)
 from grap_solo.experiments.grid import Cell, plan
+from grap_solo.experiments.tasks import Launcher
 from grap_solo.records.files import WEIGHTS_FILE, make_folder, only_one, whole_file
 from grap_solo.records.runs import MEASURES
 from grap_solo.records.weights import read_weights
@@ -29,7 +36,7 @@ def map_weights(
     terms: tuple[str, str],
     values: Sequence[float],
     seeds: Sequence[int] | None = None,
-    processes: int = 1,
+    launcher: Launcher | None = None,
 ) -> Path:
     """Trains a method with every pair of weights of two terms, and draws the accuracies as a map.
 
@@ -44,7 +51,7 @@ def map_weights(
         terms: the two terms, of the x-axis and the y-axis.
         values: the weights that each of the two takes, above 0.
         seeds: the seeds of every run; None takes the configuration's.
-        processes: how many runs train at a time.
+        launcher: as for ``compare``.
 
     Raises:
         ConfigError: an unknown term, a method of two terms, values that are no positive numbers, or
@@ -67,13 +74,15 @@ def map_weights(
     methods = list(dict.fromkeys([BASELINE, rule]))
     if rule != BASELINE:
         definitions[rule] = {"weighting": OmegaConf.to_container(cfg.weighting, resolve=True)}
+    launcher = launcher or Launcher()
     cells = plan(cfg, [*methods, *pairs], seeds, definitions)
+    check_launcher(cells, launcher)
     directory = cells[0].directory.parent
     make_folder(directory, "checkpoint.dir")
     with only_one(directory):
         say_what_differs([(cell, check_cell(cell)) for cell in cells])
-        run_all(cells, directory, processes)
-        runs = table_of_runs([result_of(cell) for cell in cells])
+        reasons = run_all(cells, directory, launcher)
+        runs = table_of_runs([result_of(cell, reasons) for cell in cells])
         table = _table_of_pairs(runs, pairs, terms)
         with whole_file(directory / MAP_FILES[0]) as file:
             table.to_csv(file, index=False, float_format="%.6g")

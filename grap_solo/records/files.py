@@ -35,7 +35,6 @@ ARGS_FILE = "args.json"  # Among the checkpoints, where solo-learn's scripts loo
 # A folder of runs, such as a comparison's.
 SUMMARY_FILE = "summary.csv"
 COST_FILE = "cost.json"
-FAILURE_FILE = "failure.json"  # Of a failed run, beside its log.
 
 LONGEST_NAME = 230
 """The most bytes of a name: files have 255, and a checkpoint's adds ``-interrupted.ckpt.new``."""

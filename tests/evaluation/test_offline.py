@@ -119,3 +119,19 @@ def test_embeddings_that_cannot_be_measured_give_a_reason_and_no_figure(case, re
         assert re.search(reason, note)
     assert not recwarn.list
     assert not measure_embeddings(*SOUND).notes
+
+
+def test_all_measures_share_one_pass_over_the_images():
+    class Counted(torch.nn.Linear):
+        images = 0
+
+        def forward(self, images):
+            self.images += len(images)
+            return super().forward(images)
+
+    backbone = Counted(24, 24)
+    parts = [torch.utils.data.TensorDataset(*map(torch.from_numpy, each)) for each in SOUND]
+    loaders = [torch.utils.data.DataLoader(each, batch_size=32) for each in parts]
+    found = offline.evaluate(backbone, *loaders)
+    assert not any(getattr(found, name) is None for name in offline.ALL_MEASURES)
+    assert backbone.images == sum(map(len, parts))

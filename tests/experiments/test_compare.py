@@ -1,23 +1,31 @@
 """Comparisons: killed and started again, failing runs, the table's statistics, bad input."""
 
 import json
+import multiprocessing
+import resource
 import shutil
+import signal
+import threading
 import time
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers import DIGITS, ROOT, SMALL, digits, output_of, start_command
+from helpers import DIGITS, ROOT, SMALL, digits, output_of, start_command, start_process
 from scipy.stats import ttest_ind
 
-import grap_solo.experiments.compare as package
+import grap_solo.experiments.cells as package
 from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.compose import compose
 from grap_solo.evaluation.offline import rankme
-from grap_solo.experiments.compare import compare
+from grap_solo.experiments.compare import _notes_of_runs, compare
 from grap_solo.experiments.grid import plan, read_grid
+from grap_solo.experiments.tasks import Launcher
+from grap_solo.records.files import make_folder, only_one
 from grap_solo.report.tables import p_values, table_of_methods, table_of_runs, write_summary
 from grap_solo.training.config import prepare, terms_of
 from grap_solo.weighting import WEIGHTINGS
@@ -96,7 +104,7 @@ def test_what_a_comparison_leaves(whole):
 
 @pytest.mark.slow
 def test_killed_and_started_again_it_is_the_same(whole, tmp_path):
-    process = start(tmp_path, "processes=2")
+    process = start(tmp_path, "--parallel", 2)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("grid/*/result.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -106,7 +114,7 @@ def test_killed_and_started_again_it_is_the_same(whole, tmp_path):
     finished = {path.parent.name for path in tmp_path.glob("grid/*/result.json")}
     assert 1 <= len(finished) < 6
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("grid/*/result.json")}
-    output = output_of(start(tmp_path, "processes=2"), tmp_path / "output")
+    output = output_of(start(tmp_path, "--parallel", 2), tmp_path / "output")
     assert f"{len(finished)} of 6 runs are finished already" in output
     assert before == {path: path.stat().st_mtime_ns for path in before}
     (runs, files), (expected, others) = measured(tmp_path / "grid"), measured(whole[0])
@@ -139,6 +147,77 @@ def test_a_failed_run_is_a_row_that_says_why_and_is_tried_again(tmp_path, monkey
     assert (runs["reason"] == "").all() and "failed run" not in (
         directory / "summary.md"
     ).read_text()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_its_own_run_alone(tmp_path, capsys):
+    def kill_first_worker():
+        while not (tmp_path / "grid" / "fixed-seed1" / "config.yaml").exists():
+            time.sleep(0.01)
+        for process in multiprocessing.active_children():
+            if isinstance(process, SpawnProcess):
+                process.kill()
+
+    killer = threading.Thread(target=kill_first_worker, daemon=True)
+    killer.start()
+    one = Launcher("local", 1)
+    directory = compare(configuration(tmp_path), ["fixed", "equal"], [1], launcher=one)
+    killer.join()
+    runs = pd.read_csv(directory / "runs.csv").set_index("method")
+    assert runs["reason"]["fixed"] == "its process was killed by SIGKILL (out of memory?)"
+    assert runs["linear"]["equal"] > 0
+    text = (directory / "summary.md").read_text()
+    assert "fixed, seed 1" in text and "SIGKILL" in text
+    capsys.readouterr()
+    compare(configuration(tmp_path), ["fixed", "equal"], [1], launcher=one)
+    assert "1 of 2 runs are finished already" in capsys.readouterr().out
+    assert pd.read_csv(directory / "runs.csv")["linear"].min() > 0
+
+
+def test_a_disk_that_is_full_for_one_run_leaves_the_others(tmp_path, monkeypatch):
+    original = package.pretrain
+
+    def with_little_room(cfg, *args):
+        limit = 1 << 18 if cfg.weighting.name == "fixed" else resource.RLIM_INFINITY
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            return original(cfg, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, [resource.RLIM_INFINITY] * 2)
+            signal.signal(signal.SIGXFSZ, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "pretrain", with_little_room)
+        directory = compare(configuration(tmp_path), ["fixed", "equal"], [1])
+    runs = pd.read_csv(directory / "runs.csv").set_index("method")
+    assert "fixed-seed1 cannot be written to" in runs["reason"]["fixed"]
+    assert runs["linear"]["equal"] > 0
+    compare(configuration(tmp_path), ["fixed", "equal"], [1])
+    assert pd.read_csv(directory / "runs.csv")["linear"].min() > 0
+
+
+def test_a_second_comparison_in_one_folder_is_refused(tmp_path, capsys):
+    """A record lock is a process's own: so the first one is another process."""
+    output = tmp_path / "first"
+    first = start_process(output, hold, str(tmp_path / "grid"))
+    while "held" not in (output.read_text() if output.exists() else ""):
+        time.sleep(0.02)
+    files = ["compare", "--config-path", str(DIGITS), "--config-name", "vicreg", *SMALL, *TINY]
+    given = [f"checkpoint.dir={tmp_path}", "methods=[fixed]", "seeds=[1]", "parallel=2"]
+    assert main([*files, *given]) == 2
+    first.kill()
+    first.join()
+    error = capsys.readouterr().err
+    assert "another command is writing there" in error and error.count("\n") == 1
+    assert [file.name for file in (tmp_path / "grid").iterdir()] == [".lock"]
+
+
+def hold(directory):
+    make_folder(Path(directory), "checkpoint.dir")
+    with only_one(Path(directory)):
+        print("held", flush=True)
+        time.sleep(300)
 
 
 def test_a_collapsed_run_is_named_below_the_table(whole, tmp_path):
@@ -200,7 +279,7 @@ def test_the_papers_grid_is_planned(file):
         return compose(path, list(overrides))
 
     local = ["accelerator=cpu"]
-    cfg, grid = read_grid(file.resolve(), [*local, "++data.train_path=x"], load)
+    cfg, grid, _ = read_grid(file.resolve(), [*local, "++data.train_path=x"], load)
     cells = plan(cfg, grid["methods"], grid["seeds"], grid["definitions"])
     assert len(cells) == 36 and len({cell.directory for cell in cells}) == 36
     assert cells[0].cfg.data.dataset == file.stem
@@ -227,10 +306,12 @@ def test_the_grids_keys_come_from_the_command_line_too(tmp_path):
     def load(path, overrides):
         return compose(path, list(overrides))
 
-    cfg, grid = read_grid(DIGITS / "grap.yaml", ["methods=[grap]", "+seeds=[3]", "seed=1"], load)
+    given = ["methods=[grap]", "+seeds=[3]", "seed=1", "hydra.launcher.partition=gpu"]
+    cfg, grid, settings = read_grid(DIGITS / "grap.yaml", given, load)
     assert grid == {"methods": ["grap"], "seeds": [3]} and cfg.seed == 1
+    assert settings == ["hydra.launcher.partition=gpu"]
     file = next(file for file in GRIDS if file.stem == "digits")
-    cfg, grid = read_grid(file, ["seeds=[9]", "max_epochs=3"], load)
+    cfg, grid, _ = read_grid(file, ["seeds=[9]", "max_epochs=3"], load)
     assert grid["seeds"] == [9] and cfg.max_epochs == 3 and cfg.name == "table3-digits"
 
 
@@ -243,7 +324,29 @@ def test_the_grids_keys_come_from_the_command_line_too(tmp_path):
         (["methods=grap", "seeds=[1]"], "methods: expected a list such as"),
         (["methods=[grap]", "seeds=[a]"], "seeds: expected whole numbers"),
         (["methods=[grap]"], "seeds: missing: add seeds=[...]"),
-        (["methods=[grap]", "seeds=[1]", "processes=0"], "processes: expected a whole number"),
+        (["methods=[grap]", "seeds=[1]", "parallel=0"], "parallel: expected a whole number of 1"),
+        (["methods=[grap]", "seeds=[1]", "parallel=two"], "parallel: expected a whole number of 1"),
+        (["methods=[grap]", "seeds=[1]", "processes=2"], "processes: it is called parallel now"),
+        (["methods=[grap]", "seeds=[1]", "--parallel", "0"], "--parallel: expected a whole number"),
+        (
+            ["methods=[grap]", "seeds=[1]", "--processes=2"],
+            "'--processes': did you mean --parallel",
+        ),
+        (["methods=[grap]", "seeds=[1]", "launcher=sge"], "launcher: unknown name 'sge': use one"),
+        (["methods=[grap]", "seeds=[1]", "gpus_per_run=2"], "gpus_per_run: each of these runs"),
+        (
+            ["methods=[grap]", "seeds=[1]", "--gpus-per-run", "x"],
+            "--gpus-per-run: expected a whole",
+        ),
+        (["methods=[grap]", "seeds=[1]", "--cancel-on-interrupt"], "it is for SLURM's jobs"),
+        (
+            ["methods=[grap]", "seeds=[1]", "hydra.launcher.qos=x"],
+            "hydra.launcher.qos: it is for SLURM's jobs: add --launcher slurm",
+        ),
+        (
+            ["methods=[grap]", "seeds=[1]", "--parallel", "1", "devices=[1]"],
+            "devices: the launcher gives each run its GPU, got [1]: set devices=1",
+        ),
         (["methods=[grap]", "seeds=[1]", "max_epochs=0"], "max_epochs: expected a whole number"),
         (["methods=[supervised_tuned]", "seeds=[1]"], "unknown name 'supervised_tuned'"),
         (["methods=[grap]", "seeds=[1]", "definitions=5"], "definitions: expected a block"),
@@ -331,7 +434,7 @@ def test_a_run_without_a_figure_leaves_a_gap_and_says_why(tmp_path):
     table = table_of_methods(runs, ["fixed", "one"], {})
     assert table["linear_mean"].tolist()[0] == 91 and np.isnan(table["linear_mean"].tolist()[1])
     assert table["runs"].tolist() == [3, 2] and np.isnan(table["p_value"]).all()
-    notes = package._notes_of_runs(found)
+    notes = _notes_of_runs(found)
     assert "fixed, seed 1: linear probe: embeddings are constant." in notes
     assert "1 of the runs were evaluated by an earlier version" in notes
     text = write_summary(tmp_path, runs, table, f"Notes.{notes}")
