@@ -70,3 +70,23 @@ def train_until(file, folder, name):
     while not Path(file).exists():
         time.sleep(0.02)
     record(folder, name)
+
+
+def take_shared(queue, barrier):
+    """Takes a shared array; reports how often it has made it, the array, and whether it is mapped
+    from a file."""
+    import numpy as np
+
+    from grap_solo.data.shared import make_or_share
+
+    made = []
+
+    def make():
+        made.append(1)
+        return np.arange(6, dtype=np.uint8).reshape(2, 3)
+
+    barrier.wait()
+    array = make_or_share(["images"], make)
+    with open("/proc/self/maps") as maps:
+        mapped = any(line.rstrip().endswith(".npy") for line in maps)
+    queue.put((len(made), array.tolist(), mapped))

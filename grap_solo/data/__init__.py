@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -13,7 +14,6 @@ from torch.utils.data import (
     Dataset,
     Sampler,
     StackDataset,
-    default_collate,
 )
 
 from grap_solo.data.augmentations import (
@@ -22,7 +22,7 @@ from grap_solo.data.augmentations import (
     build_views,
     count_crops,
 )
-from grap_solo.data.batched import BatchedLoader, batched_loader
+from grap_solo.data.batched import BatchedLoader, batched_loader, describe_part, targets_of
 from grap_solo.data.datasets import (
     DATASETS,
     FORMATS,
@@ -48,6 +48,7 @@ from grap_solo.data.sampling import (
     ShareSampler,
     mixed_seed,
 )
+from grap_solo.data.shared import make_or_share, shared_arrays
 from grap_solo.data.targets import fill_in_classes, fill_in_scales
 from grap_solo.data.workers import build_loader, stop_workers
 from grap_solo.errors import ConfigError
@@ -74,6 +75,7 @@ __all__ = [
     "move_labelled_set",
     "pretrain_loader",
     "resolve_num_classes",
+    "shared_arrays",
     "split_labels",
     "stop_workers",
     "views_loader",
@@ -137,7 +139,7 @@ def pretrain_loader(
             f"{len(images)}: use a smaller batch"
         )
     return _build_training_loader(
-        cfg, images, EpochSampler(len(images), cfg.seed, epoch), drop_last=True
+        cfg, images, EpochSampler(len(images), cfg.seed, epoch), True, "train"
     )
 
 
@@ -148,7 +150,7 @@ def labelled_loader(
 
     If there are fewer images than one step needs, it gives one smaller batch."""
     sampler = EpochSampler(len(images), mixed_seed(cfg.seed, 1), epoch)
-    return _build_training_loader(cfg, images, sampler, drop_last=len(images) >= together)
+    return _build_training_loader(cfg, images, sampler, len(images) >= together, "labelled")
 
 
 def evaluation_loader(cfg: DictConfig, images: Images, keep: bool = False) -> DataLoader[Any]:
@@ -163,10 +165,15 @@ def evaluation_loader(cfg: DictConfig, images: Images, keep: bool = False) -> Da
     sampler, dataset = ShareSampler(len(images)), _Evaluated(images, transform)
     if not (keep and cfg.data.get("batched", False)):
         return _build_loader(cfg, dataset, sampler, drop_last=False)
-    pixels, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
-    targets = default_collate(list(labels))
+
+    def transform_all() -> np.ndarray:
+        return torch.stack([dataset[index][0] for index in range(len(dataset))]).numpy()
+
+    key = describe_part(cfg, images, "evaluated")
+    key["augmentations"] = OmegaConf.to_container(cfg.augmentations)
+    stacked: Any = torch.from_numpy(make_or_share(key, transform_all))
+    targets = targets_of(images)
     kept: Any = StackDataset(**targets) if isinstance(targets, dict) else targets
-    stacked: Any = torch.stack(pixels)
     return DataLoader(
         StackDataset(stacked, kept),
         sampler=BatchSampler(sampler, cfg.optimizer.batch_size, drop_last=False),
@@ -193,10 +200,10 @@ def views_loader(cfg: DictConfig, images: Images, views: int) -> DataLoader[Any]
 
 
 def _build_training_loader(
-    cfg: DictConfig, images: Images, sampler: EpochSampler, drop_last: bool
+    cfg: DictConfig, images: Images, sampler: EpochSampler, drop_last: bool, part: str
 ) -> DataLoader[Any] | BatchedLoader:
     if cfg.data.get("batched", False):
-        return batched_loader(cfg, images, sampler, drop_last)
+        return batched_loader(cfg, images, sampler, drop_last, part=part)
     dataset = _Views(images, build_views(cfg.data.dataset, cfg.augmentations))
     return _build_loader(cfg, dataset, sampler, drop_last)
 

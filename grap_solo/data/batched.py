@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from grap_solo.data.augmentations import build_views
 from grap_solo.data.batched_views import Pipeline, send_to_device
 from grap_solo.data.images import Images, read_image
+from grap_solo.data.labelled import holds_out
 from grap_solo.data.sampling import EpochSampler, mixed_seed
+from grap_solo.data.shared import make_or_share
 from grap_solo.data.workers import build_loader
 from grap_solo.distributed import rank, world_size
 from grap_solo.errors import ConfigError
@@ -162,8 +164,12 @@ def batched_loader(
     sampler: EpochSampler,
     drop_last: bool,
     device: torch.device | str | None = None,
+    part: str = "train",
 ) -> BatchedLoader:
     """Builds the loader of the views that ``augmentations`` describes.
+
+    Within :func:`~grap_solo.data.shared.shared_arrays` the decoded images are there once for all
+    runs of the machine.
 
     Args:
         cfg: the configuration.
@@ -172,6 +178,7 @@ def batched_loader(
         drop_last: whether to drop the last batch if it is smaller.
         device: the device that makes the views. The default is the GPU if the run trains on
             CUDA, else the CPU.
+        part: which of the run's images they are.
 
     Raises:
         ConfigError: if the images are of several sizes, or ``augmentations`` has an unknown key.
@@ -180,12 +187,35 @@ def batched_loader(
         cuda = cfg.get("accelerator", "auto") in ("auto", "gpu", "cuda")
         device = "cuda" if cuda and torch.cuda.is_available() else "cpu"
     pipelines = [Pipeline(each) for each in build_views(cfg.data.dataset, cfg.augmentations)]
-    labels: Any = torch.from_numpy(np.asarray(images.targets, dtype=np.int64))
-    if images.values is not None:
-        labels = {name: torch.from_numpy(each) for name, each in images.values.items()}
-    dataset = MemoryViews(decode(images), labels, pipelines, device)
+    pixels = make_or_share(describe_part(cfg, images, part), lambda: decode(images).numpy())
+    dataset = MemoryViews(torch.from_numpy(pixels), targets_of(images), pipelines, device)
     workers = cfg.data.num_workers if dataset.device.type == "cpu" else 0
     return BatchedLoader(dataset, sampler, cfg.optimizer.batch_size, drop_last, workers)
+
+
+def describe_part(cfg: DictConfig, images: Images, part: str) -> dict[str, Any]:
+    """Everything that the pixels of a part of a run's images depend on, while no file changes.
+
+    Args:
+        cfg: the run's configuration.
+        images: the images.
+        part: which of the run's images they are, such as ``train``.
+    """
+    labels: Any = OmegaConf.to_container(cfg.get("labels") or OmegaConf.create({}))
+    return {
+        "part": part,
+        "images": len(images),
+        "data": OmegaConf.to_container(cfg.data),
+        "labels": labels,
+        "seed": cfg.seed if holds_out(labels) else None,  # It draws the images held out.
+    }
+
+
+def targets_of(images: Images) -> Any:
+    """The labels of all images, (N,), or the targets of each downstream head by its name."""
+    if images.values is None:
+        return torch.from_numpy(np.asarray(images.targets, dtype=np.int64))
+    return {name: torch.from_numpy(each) for name, each in images.values.items()}
 
 
 def decode(images: Images) -> Tensor:

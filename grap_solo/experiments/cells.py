@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from grap_solo.data import (
     fill_in_scales,
     load_both,
     load_run,
+    shared_arrays,
 )
 from grap_solo.errors import ConfigError
 from grap_solo.evaluation.offline import device_of, evaluate
@@ -139,13 +141,15 @@ def run_all(cells: Sequence[Cell], directory: Path, launcher: Launcher) -> dict[
         print(f"{done} of {len(cells)} runs are finished already", flush=True)
     tasks = {_make_task(cell): cell for cell in missing}
     reasons: dict[Path, str] = {}
-    for task, reason in run_tasks(list(tasks), launcher, directory, use_gpus(cells)):
-        done, cell = done + 1, tasks[task]
-        result = read_json(cell.directory / RESULT_FILE)
-        if result is None:  # A job that ended badly may have written one before.
-            reasons[cell.directory] = reason or "it has left no result"
-        said = f"failed: {reason}" if result is None else _say_linear(result)
-        print(f"[{done}/{len(cells)}] {cell.method}, seed {cell.seed}: {said}", flush=True)
+    local = launcher.name == "local" and missing
+    with shared_arrays(directory / ".shared") if local else nullcontext():
+        for task, reason in run_tasks(list(tasks), launcher, directory, use_gpus(cells)):
+            done, cell = done + 1, tasks[task]
+            result = read_json(cell.directory / RESULT_FILE)
+            if result is None:  # A job that ended badly may have written one before.
+                reasons[cell.directory] = reason or "it has left no result"
+            said = f"failed: {reason}" if result is None else _say_linear(result)
+            print(f"[{done}/{len(cells)}] {cell.method}, seed {cell.seed}: {said}", flush=True)
     return reasons
 
 
