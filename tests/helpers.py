@@ -5,6 +5,7 @@ import csv
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -88,6 +89,7 @@ def start_process(output, function, *arguments, cwd=None):
 
 def _call(output, cwd, function, arguments):
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored in a background job.
     os.chdir(cwd)
     torch.set_num_threads(1)
     with open(output, "w") as file:
