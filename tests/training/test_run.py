@@ -410,7 +410,7 @@ def test_fewer_validation_images_than_processes_are_refused(tmp_path, monkeypatc
     cfg = prepare(digits(tmp_path))
     images = module.load_run(cfg.data, cfg.labels)
     one = images._replace(validation=Part(images.validation, [0]))
-    monkeypatch.setattr(module, "load_run", lambda data, labels: one)
+    monkeypatch.setattr(module, "load_run", lambda data, labels, heads: one)
     with pytest.raises(ConfigError, match="data.val_path: 1 images for 2 processes"):
         pretrain(digits(tmp_path, "devices=2", "+strategy=ddp"))
     assert not list(tmp_path.rglob("config.yaml"))
