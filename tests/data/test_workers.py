@@ -64,7 +64,9 @@ def test_a_program_ends_with_its_loaders_workers(start_method, kind, end, tmp_pa
         process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == {"success": 0, "error": 1, "signal": -signal.SIGINT}[end]
+    # After an interrupt Python forgets that it was one if an atexit function imports a NamedTuple.
+    expected = {"success": {0}, "error": {1}, "signal": {-signal.SIGINT, 1}}
+    assert process.returncode in expected[end]
 
 
 def test_workers_end_with_an_iterator_that_is_in_a_cycle():
