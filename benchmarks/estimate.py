@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--image-bytes", type=float)
     parser.add_argument("--decode-rate", type=float)
     given = parser.parse_args()
-    cfg, keys = read_grid(given.grid, [], compose)
+    cfg, keys, _ = read_grid(given.grid, [], compose)
     cells = plan(cfg, keys["methods"], keys["seeds"], keys.get("definitions", {}))
     ready = prepare(cells[0].cfg)
     batch, epochs = ready.optimizer.batch_size, ready.max_epochs
