@@ -14,7 +14,7 @@ from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.data.datasets import Digits
 from grap_solo.errors import RunStopped
-from grap_solo.methods import GrapAll4One
+from grap_solo.methods import CompositeMethod, GrapAll4One
 from grap_solo.records.weights import read_weights
 from grap_solo.training.checkpoints import EpochCheckpoint, newest_whole
 from grap_solo.training.run import pretrain
@@ -70,15 +70,13 @@ def test_a_term_that_is_not_finite_costs_that_step(names, value, file, tmp_path,
 
 
 def test_a_probe_that_is_not_finite_costs_that_step(tmp_path, monkeypatch):
-    import grap_solo.methods.composite as module
+    original, calls = CompositeMethod.downstream_loss, []
 
-    original, calls = module.probe_loss, []
+    def spoiled(self, embeddings, labels):
+        calls.append(1)
+        return original(self, embeddings, labels) * (float("nan") if len(calls) == 2 else 1)
 
-    def spoiled(logits, labels):
-        calls.append(1)  # Once for each view: this is the second step's.
-        return original(logits, labels) * (float("nan") if len(calls) in (3, 4) else 1)
-
-    monkeypatch.setattr(module, "probe_loss", spoiled)
+    monkeypatch.setattr(CompositeMethod, "downstream_loss", spoiled)
     run = pretrain(quiet_digits(tmp_path))
     assert_whole(run)
     skipped = [
