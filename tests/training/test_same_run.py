@@ -56,6 +56,7 @@ def defaults(model, prefix=""):
 
 
 DEFAULTS = dict(defaults(schema_of(METHODS["all4one"], WEIGHTINGS["grap"])))
+del DEFAULTS["downstream.weight"]  # A head's name stands in between.
 UNFILLED = {
     "momentum.classifier": False,
     "scheduler.min_lr": 0.0,
