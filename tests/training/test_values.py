@@ -67,7 +67,10 @@ def outcome(cfg):
         return str(error)
 
 
-@pytest.mark.parametrize("key", FIELDS)
+@pytest.mark.parametrize(
+    "key",
+    [key for key in FIELDS if not key.startswith("downstream.")],  # They need a head's name.
+)
 def test_null_counts_as_left_out(key):
     expected = outcome(without(key))
     assert isinstance(expected, str) == (
