@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from docutils import nodes
@@ -14,12 +13,11 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
+from grap_solo import __version__
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 NOTEBOOKS = DOCS / "notebooks"
-sys.path.insert(0, str(ROOT))
-
-from grap_solo import __version__  # noqa: E402
 
 project = "grap-solo"
 author = "The grap-solo contributors"

@@ -1,5 +1,6 @@
-"""What a LightningModule of your own needs to train with ``balance``. Needs torch alone: the
-trainer may be that of ``lightning`` or of ``pytorch_lightning``."""
+"""The mixin with which a LightningModule of your own trains by ``balance``.
+
+Needs torch alone: the trainer may be that of ``lightning`` or of ``pytorch_lightning``."""
 
 from __future__ import annotations
 

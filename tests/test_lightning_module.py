@@ -103,6 +103,7 @@ def test_a_resumed_module_ends_as_an_uninterrupted_one(rule, epoch, tmp_path):
     fit(resumed, tmp_path / "resumed", checkpoint=tmp_path / f"epoch={epoch}.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    assert whole.last_step.weights.tolist() != [1, 1]  # DWA's move once two epochs have ended.
 
 
 def test_the_weights_are_held_in_the_warmup_epochs(tmp_path):

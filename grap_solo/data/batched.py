@@ -202,11 +202,13 @@ def describe_part(cfg: DictConfig, images: Images, part: str) -> dict[str, Any]:
         part: which of the run's images they are, such as ``train``.
     """
     labels: Any = OmegaConf.to_container(cfg.get("labels") or OmegaConf.create({}))
+    heads = cfg.get("downstream")  # Without a head for the labels, fractions are drawn otherwise.
     return {
         "part": part,
         "images": len(images),
         "data": OmegaConf.to_container(cfg.data),
         "labels": labels,
+        "downstream": None if heads is None else OmegaConf.to_container(heads),
         "seed": cfg.seed if holds_out(labels) else None,  # It draws the images held out.
     }
 

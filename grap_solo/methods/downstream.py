@@ -44,7 +44,7 @@ class Head(nn.Linear):
         entry: the head's entry in the ``downstream:`` block, completed from its targets.
 
     Attributes:
-        kept: what the measures need to know of the validation images.
+        kept: the numbers of all validation images from which the measures are computed.
     """
 
     measure: ClassVar[str]
@@ -69,7 +69,7 @@ class Head(nn.Linear):
 
     @abstractmethod
     def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What :meth:`measures` needs to know of each image, (B, columns)."""
+        """The numbers of each image from which :meth:`measures` computes, (B, columns)."""
 
     @abstractmethod
     def measures(self, rows: Tensor) -> dict[str, float]:
@@ -283,7 +283,7 @@ class DownstreamHeads(nn.Module):
         return torch.stack([weight * each for weight, each in parts]).sum()
 
     def keep(self, feats: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Keeps what :meth:`measure` needs of a validation batch with embeddings (B, D)."""
+        """Keeps the numbers of a validation batch, with embeddings (B, D), for :meth:`measure`."""
         for name in self.names:
             head = self.head(name)
             head.kept.update(head.rows(head(feats), targets[name]))

@@ -109,6 +109,7 @@ def test_runs_that_share_images_see_the_same_batches(seed, tmp_path, monkeypatch
             together = all_batches(cfg, images, validation)
             assert len(together) == len(alone)
             assert all(torch.equal(a, b) for a, b in zip(alone, together))
+        assert len(list((tmp_path / "shared").glob("*.npy"))) == 2  # Training and validation.
     assert len(decoded) == 1
 
 

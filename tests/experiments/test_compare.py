@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import signal
@@ -21,6 +22,7 @@ import grap_solo.experiments.cells as package
 from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.compose import compose
+from grap_solo.data.shared import FOLDER_VARIABLE
 from grap_solo.evaluation.offline import rankme
 from grap_solo.experiments.compare import _notes_of_runs, compare
 from grap_solo.experiments.grid import plan, read_grid
@@ -195,6 +197,23 @@ def test_a_disk_that_is_full_for_one_run_leaves_the_others(tmp_path, monkeypatch
     assert runs["linear"]["equal"] > 0
     compare(configuration(tmp_path), ["fixed", "equal"], [1])
     assert pd.read_csv(directory / "runs.csv")["linear"].min() > 0
+
+
+@pytest.mark.parametrize("launcher", [Launcher(), Launcher(parallel=2), Launcher("slurm")])
+def test_runs_on_one_machine_share_their_images(launcher, tmp_path, monkeypatch):
+    cells = plan(configuration(tmp_path), ["fixed"], [1], {})
+    folders = []
+
+    def note(*_):
+        folders.append(os.environ.get(FOLDER_VARIABLE))
+        return iter(())
+
+    monkeypatch.setattr(package, "run_tasks", note)
+    cells[0].directory.parent.mkdir(parents=True)
+    package.run_all(cells, cells[0].directory.parent, launcher)
+    shared = cells[0].directory.parent / ".shared"
+    assert folders == [None if launcher.name == "slurm" else str(shared)]
+    assert not shared.exists() and FOLDER_VARIABLE not in os.environ
 
 
 def test_a_second_comparison_in_one_folder_is_refused(tmp_path, capsys):

@@ -49,7 +49,7 @@ def recorded(folder, name, seconds=0.0, after=None):
 
 
 def submissions(root):
-    """What each submission asks for, in order."""
+    """The options of each submission to SLURM, in order."""
     files = sorted((root / "cluster").glob("submission-*.sh"))
     return [asked_of_sbatch(file.read_text()) for file in files]
 
