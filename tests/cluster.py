@@ -15,7 +15,8 @@ from helpers import ROOT
 # What submitit, the batch script and the launcher use of SLURM. All nodes are this machine. The
 # jobs of an array run side by side, as many as it allows; those that depend on others wait. When
 # the file named by SIGNAL_AT is there, the first job's tasks are sent the signal that it asks for,
-# once, as they are when its time is nearly over.
+# once, as they are when its time is nearly over. The submission that CTRL_C_AT_SBATCH counts up to
+# gets Ctrl-C, as all of a terminal's programs do.
 CLUSTER = r"""
 import fcntl, os, re, signal, subprocess, sys, time
 from pathlib import Path
@@ -33,6 +34,9 @@ def sbatch(script, *arguments):
     nodes, tasks = int(asked["nodes"]), int(asked["ntasks-per-node"])
     earlier = len(list(cluster.glob("submission-*.sh")))
     number = str(int(os.environ["JOB_ID"]) + 50 * earlier)
+    if os.environ.get("CTRL_C_AT_SBATCH") == str(earlier + 1):
+        os.killpg(0, signal.SIGINT)
+        time.sleep(0.3)
     own = cluster / f"submission-{number}.sh"
     own.write_text(text)
     last = re.match(r"0-(\d+)%?(\d*)", asked.get("array", ""))
@@ -204,7 +208,7 @@ def clusters(tmp_path_factory):
         patch.setenv("HYDRA_FULL_ERROR", "1")  # As main() sets it, and taken back here.
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("JOB_ID", str(free_port() - 5000))  # Whose last four digits make the port.
-        for key in ("SIGNAL_AT", "SBATCH_REFUSES"):
+        for key in ("SIGNAL_AT", "SBATCH_REFUSES", "CTRL_C_AT_SBATCH"):
             patch.delenv(key, raising=False)
         for key, value in environment.items():
             patch.setenv(key, value)

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from grap_solo.errors import ConfigError, unknown_name
-from grap_solo.experiments.tasks import SLURM_KEYS, Failure, Launcher, Task, attempt
+from grap_solo.experiments.tasks import (
+    SLURM_KEYS,
+    Failure,
+    Launcher,
+    Task,
+    attempt,
+    hold_interrupts,
+)
 from grap_solo.extras import require
 from grap_solo.packaged import find_packaged
 from grap_solo.records.files import read_config, read_json, write_json
@@ -111,27 +118,34 @@ def run_jobs(
     running = _find_running(tasks, records)
     if running:
         print(f"{len(running)} jobs of an earlier command still run: waiting for them", flush=True)
-    for wave in _waves(tasks):
-        new = [task for task in wave if task.name not in running]
-        # All of a parent's array: SLURM takes no list of a thousand jobs.
-        parents = {
-            running[task.after].job_id.split("_")[0] for task in new if task.after in running
-        }
-        running.update(_submit(new, launcher, records, uses_gpu, sorted(parents)))
     try:
+        for wave in _waves(tasks):
+            new = [task for task in wave if task.name not in running]
+            # All of a parent's array: SLURM takes no list of a thousand jobs.
+            parents = {
+                running[task.after].job_id.split("_")[0] for task in new if task.after in running
+            }
+            with hold_interrupts():
+                running.update(_submit(new, launcher, records, uses_gpu, sorted(parents)))
         yield from _wait(tasks, running)
     except (KeyboardInterrupt, GeneratorExit):
-        numbers = sorted({job.job_id.split("_")[0] for job in running.values()})
-        if launcher.cancel:
-            subprocess.run(["scancel", *numbers])
-            print("\nthe jobs are cancelled", flush=True)
-        else:
-            print(
-                "\nthe jobs go on: the same command takes up their results, and "
-                f"scancel {' '.join(numbers)} cancels them",
-                flush=True,
-            )
+        _leave_or_cancel(sorted({job.job_id.split("_")[0] for job in running.values()}), launcher)
         raise
+
+
+def _leave_or_cancel(numbers: Sequence[str], launcher: Launcher) -> None:
+    """Cancels jobs if the launcher shall at Ctrl-C, and says what becomes of them."""
+    if not numbers:
+        print("\nno job is submitted", flush=True)
+    elif launcher.cancel:
+        subprocess.run(["scancel", *numbers])
+        print("\nthe jobs are cancelled", flush=True)
+    else:
+        print(
+            "\nthe jobs go on: the same command takes up their results, and "
+            f"scancel {' '.join(numbers)} cancels them",
+            flush=True,
+        )
 
 
 def _waves(tasks: Sequence[Task]) -> Iterator[list[Task]]:

@@ -10,6 +10,8 @@ import contextlib
 import errno
 import fcntl
 import math
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,6 +180,28 @@ def _print_error(error: Exception) -> None:
         print(refusal(error), flush=True)
     else:
         traceback.print_exception(error)
+
+
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Lets Ctrl-C wait until the block ends, so that what it starts is written down.
+
+    Processes that it starts do not get Ctrl-C at all, unless they ask for it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Ctrl-C reaches the main one.
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    # New processes inherit the mask. Another thread of this one may still take the signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _lock(log: Any) -> None:

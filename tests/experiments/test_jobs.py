@@ -171,6 +171,23 @@ def test_ctrl_c_cancels_the_jobs_if_it_is_told_to(root, start_waiting):
     assert run([recorded(root, "t0")], root) == {"t0": None}  # They are submitted again.
 
 
+@pytest.mark.parametrize("submission", [1, 2])
+@pytest.mark.parametrize("cancel", [True, False])
+def test_ctrl_c_during_a_submission_loses_no_job(root, start_waiting, submission, cancel):
+    """The terminal sends SIGINT to sbatch too."""
+    os.environ["CTRL_C_AT_SBATCH"] = str(submission)
+    process = start_waiting("out", "KeyboardInterrupt", cancel)
+    process.join()
+    text = (root / "out").read_text()
+    assert ("the jobs are cancelled" in text, "the jobs go on" in text) == (cancel, not cancel)
+    assert len(submissions(root)) == submission
+    jobs = [2, 3][submission - 1]
+    assert len(json.loads((root / JOBS_FOLDER / JOBS_FILE).read_text())) == jobs
+    (root / "go").touch()
+    expected = "CANCELLED" if cancel else "COMPLETED"
+    assert how_jobs_ended(root, jobs) == [expected] * jobs
+
+
 @pytest.mark.slow
 def test_a_comparisons_run_is_requeued_at_its_time_limit_and_goes_on(on_a_cluster, capfd):
     root = on_a_cluster(SIGNAL_AT="runs/grid/grap-seed1/checkpoints/grap-seed1-ep0.ckpt")
