@@ -73,7 +73,7 @@ STORAGE_FILE = "storage.json"
 """In the search's folder: where its study is, if not in :data:`STUDY_FILE`."""
 
 SCORED_ON = "half of the validation images"
-SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_BETWEEN_READS = 2.0
 
 
 def search(
@@ -151,6 +151,9 @@ def search(
         name = find_study(directory, where)
         with open_study(where, name) as study:
             start_study(study, settings, directory)
+        write_json(
+            directory / STORAGE_FILE, {"storage": _say_place(directory, where), "study": name}
+        )
         workers = launcher.parallel or (1 if launcher.name == "local" else trials)
         own = Search(
             directory, where, name, trials, sampler, pruner, seed, plain, terms_of(cfg), workers > 1
@@ -158,7 +161,7 @@ def search(
         if launcher.name == "local" and launcher.parallel is None:
             while len(history := _read_history(own)) < trials:
                 if not run_trial(own):  # A worker of an earlier command runs the last ones.
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    time.sleep(SECONDS_BETWEEN_READS)
             write_report(history, settings, directory, cfg)  # GraP's runs may fail.
             for name in GRAP_RUNS:
                 train_grap_run(own, name)
@@ -201,27 +204,33 @@ def _make_search_folder(directory: Path, storage: Storage) -> None:
 
 
 def find_study(directory: Path, storage: Storage) -> str:
-    """Finds the name of the search's study in its storage, and writes down where that is.
+    """Finds the name of the search's study in its storage; makes one for a new search.
 
     Raises:
         ConfigError: the folder holds a search whose study is elsewhere.
     """
-    own = str((directory / STUDY_FILE).absolute())
-    saved = read_json(directory / STORAGE_FILE)
-    if saved is None and (directory / STUDY_FILE).exists():
-        saved = {"storage": own, "study": "search"}
+    saved, here = read_json(directory / STORAGE_FILE), _say_place(directory, storage)
     if saved is None:
-        saved = {"storage": storage.label, "study": "search"}
-        if storage.place != own:
-            # A database may have the studies of many searches.
-            saved["study"] = f"{directory.resolve().name}-{uuid4().hex[:8]}"
-            write_json(directory / STORAGE_FILE, saved)
-    elif saved["storage"] not in (storage.label, storage.place):
+        if here == STUDY_FILE or (directory / STUDY_FILE).exists():
+            saved = {"storage": STUDY_FILE, "study": "search"}
+        else:  # A database may have the studies of many searches.
+            study = f"{directory.resolve().name}-{uuid4().hex[:8]}"
+            saved = {"storage": here, "study": study}
+    if saved["storage"] != here:
         raise ConfigError(
-            f"--storage: {directory} has its study in {saved['storage']}, not in {storage.label}: "
-            "give that, or another folder"
+            f"--storage: the study of {directory} is in {saved['storage']}, not in {here}: give "
+            "that, or another folder"
         )
     return str(saved["study"])
+
+
+def _say_place(directory: Path, storage: Storage) -> str:
+    """Names a storage without a password; a file in the search's folder, by its name alone, so that
+    the folder may be moved."""
+    place = Path(storage.place)
+    if storage.kind != "server" and place.parent == directory.absolute():
+        return place.name
+    return storage.label
 
 
 # ---- the study --------------------------------------------------------------------------------
@@ -320,7 +329,7 @@ def _run_by_launcher(search: Search, launcher: Launcher, workers: int, uses_gpu:
                     raise ConfigError(f"search: {reason}")
         runs = []
         if len(history) == before < search.trials:  # Others of an earlier command still run.
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SECONDS_BETWEEN_READS)
     return failed
 
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from grap_solo import ConfigError
-from grap_solo.experiments.search import claim_directory, search
+from grap_solo.experiments.search import find_study, search
 from grap_solo.experiments.search_report import SearchRow, _table
 from grap_solo.experiments.search_storage import explained_failures, open_study, parse_storage
 from grap_solo.experiments.search_trials import (
@@ -425,7 +425,7 @@ def test_a_study_lies_in_its_folder_whatever_its_name(name, tmp_path, monkeypatc
     for folder in (Path(name), tmp_path / name):  # Relative and absolute.
         folder.mkdir(exist_ok=True)
         storage = parse_storage(None, folder)
-        with open_study(storage, claim_directory(folder, storage)) as study:
+        with open_study(storage, find_study(folder, storage)) as study:
             study.set_user_attr("is", name)
         assert sorted(path.name for path in tmp_path.iterdir()) == [name]
         assert [path.name for path in folder.iterdir()] == ["study.db"]
