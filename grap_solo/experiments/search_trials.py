@@ -114,7 +114,7 @@ def finished_trials(study: optuna.study.Study) -> list[FrozenTrial]:
         for each in study.get_trials(deepcopy=False)
         if each.state.is_finished() and not _is_lost(each)
     ]
-    return sorted(trials, key=lambda trial: trial.user_attrs["place"])
+    return sorted(trials, key=lambda trial: trial.user_attrs.get("place", trial.number))
 
 
 def _is_lost(trial: FrozenTrial) -> bool:

@@ -7,7 +7,6 @@ import pickle
 import resource
 import signal
 import sqlite3
-import sys
 import threading
 import time
 from pathlib import Path
@@ -92,12 +91,14 @@ def wait_for(output, text, process):
         time.sleep(0.02)
 
 
-def claim_and_hold(search):
+def claim_and_hold(search, beats=False):
+    storage_module.HEARTBEAT = 1  # The process lives for this one trial.
     with open_study(search.storage, search.study) as study:
         claim = _claim(search, study)
-        print(f"holds {claim.place}", flush=True)
-        sys.stdin = None
-        time.sleep(600)
+        with storage_module.beating(study, claim.trial) if beats else contextlib.nullcontext():
+            time.sleep(0.5)
+            print(f"holds {claim.place}", flush=True)
+            time.sleep(600)
 
 
 # ---- lost trials ------------------------------------------------------------------------------
@@ -132,36 +133,37 @@ def test_a_killed_workers_trial_is_tried_again_and_counts_once(kept, tmp_path):
 
 def test_a_database_takes_a_trial_without_a_heartbeat_for_lost(server, tmp_path, monkeypatch):
     """As of a machine that is gone while the file system keeps its locks."""
+    own = search_of(tmp_path, server.url, study=str(tmp_path))
+    outputs, processes = [tmp_path / "silent", tmp_path / "beating"], []
+    with open_study(own.storage, own.study):  # Makes the tables.
+        pass
+    for place, output in enumerate(outputs):
+        processes.append(start_process(output, claim_and_hold, own, place == 1))
+        wait_for(output, f"holds {place}\n", processes[-1])
     monkeypatch.setattr(storage_module, "HEARTBEAT", 1)
     monkeypatch.setattr(storage_module, "GRACE", 3)
-    own = search_of(tmp_path, server.url, study=str(tmp_path))
-    output = tmp_path / "output"
     with open_study(own.storage, own.study) as study:
-        process = start_process(output, claim_and_hold, own)
-        wait_for(output, "holds 0\n", process)
-        claim = _claim(own, study)
-        assert claim.place == 1
-        storage = study._storage
-        storage.record_heartbeat(study.trials[0]._trial_id)  # The holder's only one.
-        with storage_module.beating(study, claim.trial):
-            time.sleep(5)
-            again = _claim(own, study)
+        study._storage.record_heartbeat(study.trials[0]._trial_id)  # The only one.
+        time.sleep(4.5)
+        again = _claim(own, study)
         assert [each.state for each in study.trials] == [
             TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING,
         ]  # fmt: skip
         assert (again.place, again.weights) == (0, study.trials[0].params)
-        for each in (claim, again):
-            each.lock.close()
-    process.kill()
-    process.join()
+        again.lock.close()
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def test_workers_of_a_search_draw_apart_and_one_worker_as_before():
-    seeds = {make_sampler("tpe", 0, place, True)._rng.rng.integers(1 << 60) for place in range(20)}
+    samplers = [make_sampler("tpe", 0, place, True) for place in range(20)]
+    seeds = {each._rng.rng.randint(1 << 30) for each in samplers}
     assert len(seeds) == 20
-    assert make_sampler("tpe", 0, 3, True)._constant_liar
-    alone = make_sampler("tpe", 0, 3)
-    assert type(alone) is TPESampler and not alone._constant_liar
+    assert samplers[0]._constant_liar
+    alone = make_sampler("tpe", 0, 3)  # Optuna's own defaults, whatever they are.
+    assert type(alone) is TPESampler
+    assert alone._constant_liar == TPESampler()._constant_liar
 
 
 # ---- halves -----------------------------------------------------------------------------------
@@ -299,9 +301,12 @@ def test_a_damaged_journal_is_one_line(tmp_path):
     storage = parse_storage(f"journal:{tmp_path / 'study'}", tmp_path)
     (tmp_path / "study").write_text("no journal\n" * 3)
     message = "study: not a study, or a damaged one"
-    with pytest.raises(ConfigError, match=message), explained_failures(storage):
-        with open_study(storage, "search"):
-            pass
+    with (
+        pytest.raises(ConfigError, match=message),
+        explained_failures(storage),
+        open_study(storage, "search"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("storage", ["server", "sqlite"])
@@ -443,7 +448,7 @@ def workers_of(parent):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_worker_and_then_the_command_are_killed(tmp_path):
     directory, output = tmp_path / "search", tmp_path / "output"
-    line = command(directory, "--trials", 4, "--parallel", 2, "max_epochs=8")
+    line = command(directory, "--trials", 4, "--parallel", 2, "max_epochs=5")
     process = start_command(output, *line)
     logs = [directory / "logs" / f"worker-{at:03d}.log" for at in range(2)]
     for log in logs:
@@ -458,7 +463,7 @@ def test_a_worker_and_then_the_command_are_killed(tmp_path):
     while any(Path("/proc", str(each)).exists() for each in left):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    search(small("max_epochs=8"), directory, 4)
+    search(small("max_epochs=5"), directory, 4)
     with open_study(parse_storage(None, directory), "search") as study:
         places = [each.user_attrs["place"] for each in finished_trials(study)]
         lost = [each for each in study.trials if each.state == TrialState.FAIL]
