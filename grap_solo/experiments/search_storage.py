@@ -223,7 +223,7 @@ def patiently(storage: Storage, call: Callable[[], Found]) -> Found:
             if time.monotonic() + pause > deadline:
                 raise ConfigError(
                     f"{storage.label}: out of reach for {PATIENCE:g} seconds "
-                    f"({_first_line(error)}): nothing is lost, start the search again when it is "
+                    f"({_say_cause(error)}): nothing is lost, start the search again when it is "
                     "back"
                 ) from None
         time.sleep(pause)
@@ -249,7 +249,7 @@ def _cause(error: BaseException | None, kind: type[Found]) -> Found | None:
     return error
 
 
-def _first_line(error: BaseException) -> str:
+def _say_cause(error: BaseException) -> str:
     found = _cause(error, DBAPIError)
     text = str(error if found is None else found.orig)
     return (text.strip().splitlines() or [type(error).__name__])[0]
@@ -267,7 +267,7 @@ def explained_failures(storage: Storage) -> Iterator[None]:
     except (*STORAGE_ERRORS, ValueError, KeyError) as error:
         if not isinstance(error, STORAGE_ERRORS) and not _is_of_journal(error):
             raise
-        line = _first_line(error)
+        line = _say_cause(error)
         text = f"not a study, or a damaged one: {line}"
         if storage.kind == "server":
             text = f"cannot be used: {line}"

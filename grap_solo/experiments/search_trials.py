@@ -363,7 +363,7 @@ def run_trial(search: Search) -> bool:
             return False
         with claim.lock, beating(study, claim.trial):
             with contextlib.suppress(UpdateFinishedTrialError):  # It was given up, and taken over.
-                _train(search, study, claim)
+                _run_claimed(search, study, claim)
             (search.directory / RUNNING_FOLDER / str(claim.trial.number)).unlink(missing_ok=True)
     return True
 
@@ -377,7 +377,7 @@ def patient_study(
         yield patiently(storage, lambda: stack.enter_context(open_study(storage, name, pruner)))
 
 
-def _train(search: Search, study: optuna.study.Study, claim: Claim) -> None:
+def _run_claimed(search: Search, study: optuna.study.Study, claim: Claim) -> None:
     """Trains with the weights of a trial and records the result."""
     name, trial = trial_name(claim.place), claim.trial
     weighting = {"name": "fixed", "weights": claim.weights}
