@@ -233,9 +233,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         "search for the weights, one training a trial, and train GraP to compare; started "
         "again, it resumes",
         "grap-solo search runs/search digits/grap --trials 16",
-        "changes a key of the configuration of all runs",
+        f"changes a key of the configuration of all runs; {SLURM_SETTINGS}",
         usage=f"DIRECTORY {CONFIG_USAGE}\n           [--trials N] [--sampler tpe|random] "
-        "[--pruner none|median] [--seed N] [key=value ...]",
+        f"[--pruner none|median] [--seed N]\n           [--storage STORAGE] {LAUNCHER_USAGE}",
     )
     search.add_argument(
         "directory", type=_path, metavar="DIRECTORY", help="the folder for the study and its runs"
@@ -256,8 +256,17 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )  # fmt: skip
     search.add_argument(
         "--seed", type=_at_least(0), default=0, metavar="N",
-        help="the sampler's seed; all runs train with the configuration's own (default: 0)",
+        help="the seed of the sampler, and of the split of the validation images into the half "
+        "that the search climbs and the half that it reports; all runs train with the "
+        "configuration's own (default: 0)",
     )  # fmt: skip
+    search.add_argument(
+        "--storage", metavar="STORAGE",
+        help="where the study is kept: journal:PATH for a file that workers on many machines may "
+        "share, or a database's URL such as postgresql://user@host/name (default: SQLite, in "
+        "DIRECTORY, for workers of one machine)",
+    )  # fmt: skip
+    _add_launcher_flags(search)
 
     chart = add(
         "map",

@@ -246,10 +246,20 @@ def _launcher(
 
 def _search(given: argparse.Namespace) -> None:
     file = _config_file(given)
+    from grap_solo.experiments.grid import split_settings
     from grap_solo.experiments.search import search
 
-    cfg = _composer(given.overrides)(file)
-    search(cfg, given.directory, given.trials, given.sampler, given.pruner, given.seed)
+    overrides, settings = split_settings(given.overrides)
+    search(
+        _composer(overrides)(file),
+        given.directory,
+        given.trials,
+        given.sampler,
+        given.pruner,
+        given.seed,
+        given.storage,
+        _launcher(given, settings),
+    )
 
 
 def _map(given: argparse.Namespace) -> None:

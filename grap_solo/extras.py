@@ -28,6 +28,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "search": ("optuna", "sqlalchemy"),
     "cagrad": ("torchjd", "cvxpy"),
     "onnx": ("onnx", "onnxscript"),
+    "postgres": ("psycopg",),
     "slurm": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
     "umap": ("umap",),
     "wandb": ("wandb",),

@@ -110,6 +110,12 @@ def check_many_runs(folder, names):
         assert len(list((folder / "runs" / name).glob("*/result.json"))) == results
 
 
+def check_search_on_many_machines(folder, names):
+    search = folder / "runs" / "digits-search"
+    assert len(list(search.glob("*/trained.json"))) == 6  # Four trials, GraP and its tuned run.
+    assert (search / "search.md").exists()
+
+
 def check_own_rule(folder, names):
     step = names["step"]
     norms = step.weights * step.statistics.gramian.diagonal().sqrt()
@@ -126,6 +132,7 @@ CHECKS = {
     "many-runs": check_many_runs,
     "downstream-heads": check_downstream_heads,
     "own-rule": check_own_rule,
+    "search-on-many-machines": check_search_on_many_machines,
 }
 """The files and values that a guide's blocks leave."""
 

@@ -8,35 +8,51 @@ Hyper-Parameter Optimization", 2012).
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import shutil
-import sqlite3
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-import lightning.pytorch as pl
-import numpy as np
 import optuna
-from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
-from optuna.pruners import BasePruner, MedianPruner, NopPruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
-from grap_solo.data import load_run
-from grap_solo.errors import ConfigError, Diverged, unknown_name
+from grap_solo.data import load_run, shared_arrays
+from grap_solo.errors import ConfigError, unknown_name
+from grap_solo.experiments.cells import check_launcher, use_gpus
+from grap_solo.experiments.grid import Cell
 from grap_solo.experiments.retrain import learned_weighting
-from grap_solo.experiments.search_report import REPORT_FILES, trial_name, write_report
-from grap_solo.methods import weighted_name
+from grap_solo.experiments.search_report import GRAP_RUNS, REPORT_FILES, trial_name, write_report
+from grap_solo.experiments.search_storage import (
+    STUDY_FILE,
+    Storage,
+    check_for_slurm,
+    explained_failures,
+    open_study,
+    parse_storage,
+    patiently,
+)
+from grap_solo.experiments.search_trials import (
+    PRUNERS,
+    RANGE,
+    SAMPLERS,
+    Halves,
+    Search,
+    finished_trials,
+    patient_study,
+    remove_unfinished,
+    run_config,
+    run_trial,
+    say_outcome,
+)
+from grap_solo.experiments.tasks import Launcher, Task, run_tasks
 from grap_solo.records.files import (
     CONFIG_FILE,
     RESULT_FILE,
     make_folder,
     only_one,
+    read_json,
     write_json,
 )
 from grap_solo.training.config import expand_paths, prepare, run_dir, terms_of
@@ -53,18 +69,11 @@ from grap_solo.training.same_run import (
     refuse_differences,
 )
 
-STUDY_FILE = "study.db"
-UNWRITABLE_DATABASE = ("readonly", "unable to open", "is full", "disk I/O error")
-"""SQLite's words for a file that is whole but cannot be used."""
+STORAGE_FILE = "storage.json"
+"""In the search's folder: where its study is, if not in :data:`STUDY_FILE`."""
 
-RANGE = 10.0
-"""A weight is searched between its reference divided by this and its reference times this."""
-
-SAMPLERS: dict[str, type[TPESampler] | type[RandomSampler]] = {
-    "tpe": TPESampler,
-    "random": RandomSampler,
-}
-PRUNERS: dict[str, type[BasePruner]] = {"none": NopPruner, "median": MedianPruner}
+SCORED_ON = "half of the validation images"
+SECONDS_BETWEEN_READS = 2.0
 
 
 def search(
@@ -74,33 +83,43 @@ def search(
     sampler: str = "tpe",
     pruner: str = "none",
     seed: int = 0,
+    storage: str | None = None,
+    launcher: Launcher | None = None,
 ) -> Path:
     """Searches the loss weights, trains GraP beside it, and writes ``search.md``, ``search.csv``
     and ``search.png``.
 
     Each trial is a run with constant weights, each drawn log-uniformly within a factor of 10 of
-    its reference; the best has the highest validation accuracy of the online probe. GraP is run
-    once, and once more with the median of its weights.
+    its reference; the best has the highest accuracy of the online probe on one half of the
+    validation images. The report has the accuracies on the other half, so that the choice of the
+    best does not flatter it. GraP is run once, and once more with the median of its weights.
 
     Called again with the same arguments, it resumes; ``trials`` may have grown. An interrupted run
     starts over, and the time of its interrupted part is not counted. Where training is
     reproducible (on one machine's CPU), the search then has the history of an uninterrupted one.
+    With several trials at a time, the history depends on which of them ends first.
 
     Args:
         source: a composed configuration. Each run has a name, ``checkpoint.dir`` and weighting of
             its own; the GraP run takes the weighting from here if it is a ``grap`` one.
-        directory: the folder for the study and all runs.
+        directory: the folder for the study and all runs. All workers must reach it.
         trials: the total number of trials, pruned and failed ones included.
         sampler: ``tpe`` or ``random``.
-        pruner: ``none``; or ``median``, which stops a trial whose accuracy after an epoch is below
+        pruner: ``none``; or ``median``, which stops a trial whose score after an epoch is below
             the median of the earlier trials'.
-        seed: the sampler's seed. All runs train with the configuration's seed.
+        seed: of the sampler, and of the split of the validation images. All runs train with the
+            configuration's seed.
+        storage: where the study is kept: see
+            :func:`~grap_solo.experiments.search_storage.parse_storage`.
+        launcher: where the runs train, and how many at a time; None trains one after the other in
+            this process.
 
     Returns:
         The path of ``search.md``.
 
     Raises:
-        ConfigError: bad input, or a directory that holds something else.
+        ConfigError: bad input, a directory that holds something else, a storage that cannot be
+            used, or workers none of which can train.
     """
     if sampler not in SAMPLERS:
         raise unknown_name("sampler", sampler, SAMPLERS)
@@ -109,6 +128,7 @@ def search(
     for key, value, least in (("trials", trials, 1), ("seed", seed, 0)):
         if value < least:
             raise ConfigError(f"{key}: expected a whole number of {least} or more, got {value}")
+    launcher = launcher or Launcher()
     source = expand_paths(source)
     cfg = prepare_one_of_many(source, "a search")
     zero = [term for term, value in terms_of(cfg).items() if value == 0]
@@ -117,23 +137,50 @@ def search(
             f"method_kwargs: the reference weight of {', '.join(zero)} is 0, and a search looks "
             f"within a factor of {RANGE:g} of it: give it some weight"
         )
+    check_launcher([Cell("grap", cfg.seed, source, None)], launcher)
+    where = parse_storage(storage, directory)
+    if launcher.name == "slurm":
+        check_for_slurm(where)
     plain = keep_config(_shared_keys(source))
     settings = {"sampler": sampler, "pruner": pruner, "seed": seed, "configuration": plain}
+    settings["scored_on"] = SCORED_ON
     settings = json.loads(json.dumps(settings, default=str))  # As the study returns them.
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-    _claim_directory(directory)
-    with only_one(directory), _explained_failures(directory / STUDY_FILE):
-        study = _open_study(directory, PRUNERS[pruner](), settings)
-        while (done := len(_history(study))) < trials:
-            study.sampler = _sampler(sampler, seed, done)
-            _run_trial(study, plain, directory, terms_of(cfg))
-        write_report(_history(study), settings, directory, cfg)  # GraP's runs may fail.
-        _train_grap_and_tuned(plain, directory)
-        table = write_report(_history(study), settings, directory, cfg)
+    _make_search_folder(directory, where)
+    with only_one(directory), explained_failures(where):
+        name = find_study(directory, where)
+        with open_study(where, name) as study:
+            start_study(study, settings, directory)
+        write_json(
+            directory / STORAGE_FILE, {"storage": _say_place(directory, where), "study": name}
+        )
+        workers = launcher.parallel or (1 if launcher.name == "local" else trials)
+        own = Search(
+            directory, where, name, trials, sampler, pruner, seed, plain, terms_of(cfg), workers > 1
+        )
+        if launcher.name == "local" and launcher.parallel is None:
+            while len(history := _read_history(own)) < trials:
+                if not run_trial(own):  # A worker of an earlier command runs the last ones.
+                    time.sleep(SECONDS_BETWEEN_READS)
+            write_report(history, settings, directory, cfg)  # GraP's runs may fail.
+            for name in GRAP_RUNS:
+                train_grap_run(own, name)
+        else:
+            local = launcher.name == "local"
+            with shared_arrays(directory / ".shared") if local else contextlib.nullcontext():
+                failed = _run_by_launcher(own, launcher, workers, use_gpus_of(source))
+            history = _read_history(own)
+            if failed:
+                write_report(history, settings, directory, cfg)
+                raise ConfigError(failed)
+        table = write_report(history, settings, directory, cfg)
     print(f"\n{table}")
     print("files:", ", ".join(str(directory / file) for file in REPORT_FILES))
     return directory / REPORT_FILES[0]
+
+
+def use_gpus_of(source: DictConfig) -> bool:
+    return use_gpus([Cell("grap", 0, source, None)])
 
 
 # ---- the configuration and the directory ------------------------------------------------------
@@ -150,78 +197,62 @@ def _shared_keys(source: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _run_config(
-    plain: dict[str, Any], directory: Path, name: str, weighting: dict[str, Any]
-) -> DictConfig:
-    """Makes the configuration of one run of the search."""
-    own = {"name": name, "method": weighted_name(plain["method"]), "weighting": weighting}
-    cfg = OmegaConf.create({**plain, **own})
-    OmegaConf.update(cfg, "checkpoint.dir", str(directory), force_add=True)
-    return cfg
-
-
-def _claim_directory(directory: Path) -> None:
+def _make_search_folder(directory: Path, storage: Storage) -> None:
     """Makes the search's folder, and refuses one of anything else: runs in it may be removed."""
     make_folder(directory, "search")
-    names = {path.name for path in directory.iterdir()} - {".lock"}
-    if names and STUDY_FILE not in names:
+    names = {path.name for path in directory.iterdir()} - {".lock", Path(storage.place).name}
+    if names and not names & {STUDY_FILE, STORAGE_FILE}:
         raise ConfigError(f"{directory}: not empty and not a search: give another folder")
 
 
-def _remove_unfinished(directory: Path) -> None:
-    """Removes the files of an interrupted run, which then starts over."""
-    if directory.exists():
-        shutil.rmtree(directory)
+def find_study(directory: Path, storage: Storage) -> str:
+    """Finds the name of the search's study in its storage; makes one for a new search.
+
+    Raises:
+        ConfigError: the folder holds a search whose study is elsewhere.
+    """
+    saved, here = read_json(directory / STORAGE_FILE), _say_place(directory, storage)
+    if saved is None:
+        if here == STUDY_FILE or (directory / STUDY_FILE).exists():
+            saved = {"storage": STUDY_FILE, "study": "search"}
+        else:  # A database may have the studies of many searches.
+            study = f"{directory.resolve().name}-{uuid4().hex[:8]}"
+            saved = {"storage": here, "study": study}
+    if saved["storage"] != here:
+        raise ConfigError(
+            f"--storage: the study of {directory} is in {saved['storage']}, not in {here}: give "
+            "that, or another folder"
+        )
+    return str(saved["study"])
+
+
+def _say_place(directory: Path, storage: Storage) -> str:
+    """Names a storage without a password; a file in the search's folder, by its name alone, so that
+    the folder may be moved."""
+    place = Path(storage.place)
+    if storage.kind != "server" and place.parent == directory.absolute():
+        return place.name
+    return storage.label
 
 
 # ---- the study --------------------------------------------------------------------------------
 
 
-def _open_study(
-    directory: Path, pruner: BasePruner, settings: dict[str, Any]
-) -> optuna.study.Study:
-    """Opens the directory's study, or makes a new one.
+def start_study(study: optuna.study.Study, settings: dict[str, Any], directory: Path) -> None:
+    """Gives a new study its settings, and checks those of one that was there.
 
     Raises:
-        ConfigError: the study has other settings.
+        ConfigError: the study has other settings, or is of an earlier version.
     """
-    file = directory / STUDY_FILE
-    # A URL would take a meaning from some characters of the path.
-    connect = functools.partial(sqlite3.connect, file.absolute(), check_same_thread=False)
-    study = optuna.create_study(
-        storage=optuna.storages.RDBStorage(f"sqlite:///{STUDY_FILE}", {"creator": connect}),
-        study_name="search",
-        direction="maximize",
-        pruner=pruner,
-        load_if_exists=True,
-    )
-    if not _history(study):  # No trial yet, so other settings do no harm.
+    if not finished_trials(study):  # No trial yet, so other settings do no harm.
         study.set_user_attr("settings", settings)
-    _check_settings(study.user_attrs.get("settings", {}), settings, directory)
-    _abandon_running(study)
-    return study
-
-
-@contextlib.contextmanager
-def _explained_failures(file: Path) -> Iterator[None]:
-    """Turns the failures of the study's file into errors that say what to do.
-
-    Raises:
-        ConfigError: another process uses it, it cannot be written, or it is no study.
-    """
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, sqlite3.Error):
-            cause = getattr(cause, "orig", None) or cause.__cause__
-        line = (str(cause or error).splitlines() or [type(error).__name__])[0]
-        text = f"not a study, or a damaged one: {line}"
-        if "locked" in line:  # Python 3.10 has no error codes.
-            text = f"another process uses it ({line}): end that process, or wait for it"
-        elif any(words in line for words in UNWRITABLE_DATABASE):
-            text = f"cannot be read or written ({line}): make room, or let the file be written"
-        raise ConfigError(f"{file}: {text}") from None
+    old = study.user_attrs.get("settings", {})
+    if old.get("scored_on") != SCORED_ON:
+        raise ConfigError(
+            f"{directory}: holds a search of an earlier version, which climbs and reports on the "
+            "same images: give another folder"
+        )
+    _check_settings(old, settings, directory)
 
 
 def _check_settings(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
@@ -248,111 +279,97 @@ def _check_settings(old: dict[str, Any], new: dict[str, Any], directory: Path) -
         check_same_data(cfg, runs[0], data_fingerprints(cfg, images))
 
 
-def _abandon_running(study: optuna.study.Study) -> None:
-    """Takes the trial of a killed search out of the history, so that it is run again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        # In this order: if killed in between, the next start finds the trial, still running.
-        study.set_user_attr("abandoned", [*study.user_attrs.get("abandoned", []), trial.number])
-        study.tell(trial.number, state=TrialState.FAIL)
+def _read_history(search: Search) -> list[optuna.trial.FrozenTrial]:
+    """Reads the finished trials, and waits for the storage if need be."""
+    with patient_study(search.storage, search.study) as study:
+        return patiently(search.storage, lambda: finished_trials(study))
 
 
-def _history(study: optuna.study.Study) -> list[FrozenTrial]:
-    """Lists the finished trials in order: complete, pruned and failed, but not abandoned."""
-    abandoned = study.user_attrs.get("abandoned", [])
-    trials = study.get_trials(deepcopy=False)
-    return [each for each in trials if each.state.is_finished() and each.number not in abandoned]
+# ---- the runs ---------------------------------------------------------------------------------
 
 
-def _sampler(name: str, seed: int, done: int) -> BaseSampler:
-    """Makes a sampler whose draws depend only on the seed and the finished trials."""
-    derived = np.random.SeedSequence([seed, done]).generate_state(1)[0]
-    return SAMPLERS[name](seed=int(derived))
+def _run_by_launcher(search: Search, launcher: Launcher, workers: int, uses_gpu: bool) -> str:
+    """Runs the missing trials, and GraP's runs, by a launcher.
 
+    A task is one trial, whichever is next. A task that fails or dies leaves its trial to another.
 
-class Reporter(Callback):
-    """Reports the accuracy to the trial after each epoch, and ends the run if it is pruned.
-
-    Args:
-        trial: the trial of the run.
+    Returns:
+        Why a run of GraP has failed; empty if none has.
 
     Raises:
-        optuna.TrialPruned: the pruner stops the run. After the last epoch it never does, since
-            nothing would be saved.
+        ConfigError: more tasks than workers have failed one after the other.
     """
+    logs = search.directory / "logs"
+    logs.mkdir(exist_ok=True)
+    print(f"{workers} at a time; their output is in {logs}", flush=True)
+    history = _read_history(search)
+    known, failed_in_a_row = {each.number for each in history}, 0
+    runs, failed = _grap_tasks(search, logs), ""
+    while len(history) < search.trials or runs:
+        tasks = [
+            Task(f"worker-{each:03d}", partial(run_trial, search), logs / f"worker-{each:03d}.log")
+            for each in range(search.trials - len(history))
+        ]
+        before = len(history)
+        ended = run_tasks([*tasks, *runs], launcher, search.directory, uses_gpu)
+        with contextlib.closing(ended):  # type: ignore[type-var]
+            for task, reason in ended:
+                if task.name in GRAP_RUNS:
+                    print(f"{task.name}: {reason or 'finished'}", flush=True)
+                    failed = failed or (f"{task.name}: {reason}" if reason else "")
+                    continue
+                history = _read_history(search)
+                new = [each for each in history if each.number not in known]
+                for each in new:
+                    outcome = say_outcome(each.state, each.value, each.user_attrs["reason"])
+                    print(f"{trial_name(each.user_attrs['place'])}: {outcome}", flush=True)
+                known |= {each.number for each in new}
+                failed_in_a_row = failed_in_a_row + 1 if reason and not new else 0
+                if reason:
+                    print(f"{task.name}: {reason}: its trial is tried again", flush=True)
+                if failed_in_a_row > workers:
+                    raise ConfigError(f"search: {reason}")
+        runs = []
+        if len(history) == before < search.trials:  # Others of an earlier command still run.
+            time.sleep(SECONDS_BETWEEN_READS)
+    return failed
 
-    def __init__(self, trial: Trial) -> None:
-        self.trial = trial
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self.trial.report(trainer.callback_metrics["val_acc1"].item(), trainer.current_epoch)
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if not last and self.trial.should_prune():
-            raise optuna.TrialPruned
+def _grap_tasks(search: Search, logs: Path) -> list[Task]:
+    """Makes the tasks of GraP's runs that are not finished."""
+    grap, tuned = (
+        Task(name, partial(train_grap_run, search, name), logs / f"{name}.log", after)
+        for name, after in zip(GRAP_RUNS, (None, GRAP_RUNS[0]), strict=True)
+    )
+    if not (search.directory / grap.name / RESULT_FILE).exists():
+        return [grap, tuned]
+    if not (search.directory / tuned.name / RESULT_FILE).exists():
+        return [Task(tuned.name, tuned.call, tuned.log)]
+    return []
 
 
-def _run_trial(
-    study: optuna.study.Study, plain: dict[str, Any], directory: Path, reference: dict[str, float]
-) -> None:
-    """Draws weights, trains with them and records the result.
-
-    If the run raises, its trial has failed and keeps the reason.
+def train_grap_run(search: Search, name: str) -> None:
+    """Trains ``grap``, or ``grap_tuned`` with the median of its weights, unless it is finished, and
+    records its accuracy and seconds.
 
     Raises:
-        ConfigError: the configuration is wrong, so that every trial would fail.
+        ConfigError: ``grap`` is not finished.
     """
-    name = trial_name(len(_history(study)))
-    trial = study.ask()
-    weights = {
-        term: trial.suggest_float(term, value / RANGE, value * RANGE, log=True)
-        for term, value in reference.items()
-    }
-    cfg = _run_config(plain, directory, name, {"name": "fixed", "weights": weights})
-    _remove_unfinished(run_dir(cfg))
-    state, accuracy, reason = TrialState.COMPLETE, None, ""
-    start = time.monotonic()
-    try:
-        accuracy = pretrain(cfg, [Reporter(trial)]).accuracy
-        if accuracy is None:
-            raise ConfigError(
-                "limit_val_batches, check_val_every_n_epoch: the run was never validated, and a "
-                "search compares validation accuracies: remove these keys"
-            )
-    except optuna.TrialPruned:
-        state = TrialState.PRUNED
-    except Diverged as error:  # The weights are at fault: other trials may go well.
-        state, reason = TrialState.FAIL, str(error)
-    except ConfigError:
-        raise
-    except Exception as error:
-        state, reason = TrialState.FAIL, " ".join(f"{type(error).__name__}: {error}".split())
-    trial.set_user_attr("seconds", time.monotonic() - start)
-    trial.set_user_attr("reason", reason)
-    study.tell(trial, accuracy, state=state)
-    outcome = f"{accuracy:.2f} %" if accuracy is not None else f"{state.name.lower()} {reason}"
-    print(f"{name}: {outcome}", flush=True)
-
-
-# ---- GraP to compare with -----------------------------------------------------------------------
-
-
-def _train_grap_and_tuned(plain: dict[str, Any], directory: Path) -> None:
-    """Trains ``grap``, then ``grap_tuned`` with the median of its weights."""
-    block = plain.get("weighting") or {}
-    if block.get("name") != "grap":
-        block = {"name": "grap"}
-    _run_once(_run_config(plain, directory, "grap", block))
-    block = learned_weighting([directory / "grap"])
-    _run_once(_run_config(plain, directory, "grap_tuned", block))
-
-
-def _run_once(cfg: DictConfig) -> None:
-    """Trains, unless the run is finished, and records accuracy and seconds."""
-    file = run_dir(cfg) / RESULT_FILE
+    file = search.directory / name / RESULT_FILE
     if file.is_file():
         return
-    _remove_unfinished(run_dir(cfg))
-    start = time.monotonic()
-    run = pretrain(cfg)
-    write_json(file, {"accuracy": run.accuracy, "seconds": time.monotonic() - start})
+    parent = search.directory / GRAP_RUNS[0]
+    if name != GRAP_RUNS[0]:
+        if not (parent / RESULT_FILE).is_file():
+            raise ConfigError(f"the run that it starts from, {parent.name}, has failed")
+        block = learned_weighting([parent])
+    else:
+        block = search.plain.get("weighting") or {}
+        block = block if block.get("name") == "grap" else {"name": "grap"}
+    cfg = run_config(search.plain, search.directory, name, block)
+    remove_unfinished(run_dir(cfg))
+    start, halves = time.monotonic(), Halves(search.seed)
+    pretrain(cfg, [halves])
+    seconds = time.monotonic() - start
+    found = {"score": halves.score, "accuracy": halves.accuracy, "seconds": seconds}
+    write_json(file, found)

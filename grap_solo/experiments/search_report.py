@@ -19,6 +19,9 @@ from grap_solo.report.plots import COLORS
 from grap_solo.report.tables import format_number, format_weights, markdown, write_csv, write_text
 from grap_solo.training.config import terms_of
 
+GRAP_RUNS = ("grap", "grap_tuned")
+"""The runs beside the trials; the second starts from the first."""
+
 REPORT_FILES = ("search.md", "search.csv", "search.png")
 
 
@@ -29,8 +32,9 @@ class SearchRow:
     Attributes:
         name: its folder.
         weights: the weight of each term; for GraP, the median of the learned ones.
-        accuracy: the online probe's last top-1 in percent, also of a pruned trial; None if the run
-            failed.
+        score: the online probe's last top-1 in percent on the half of the validation images that
+            the search climbs, also of a pruned trial; None if the run failed.
+        accuracy: the same on the other half, which the search reports.
         state: ``complete``, ``pruned`` or ``fail``.
         reason: why it failed; else empty.
         seconds: the seconds of its training.
@@ -40,6 +44,7 @@ class SearchRow:
 
     name: str
     weights: dict[str, float]
+    score: float | None
     accuracy: float | None
     state: str
     reason: str
@@ -49,7 +54,7 @@ class SearchRow:
 
 
 def trial_name(place: int) -> str:
-    """The name of a trial's folder and row, from its place in the history."""
+    """The name of a trial's folder and row, from its place in the history: that of its start."""
     return f"trial-{place:03d}"
 
 
@@ -57,9 +62,10 @@ def _trial_rows(history: Sequence[FrozenTrial]) -> list[SearchRow]:
     seconds = [trial.user_attrs["seconds"] for trial in history]
     return [
         SearchRow(
-            trial_name(place),
+            trial_name(trial.user_attrs["place"]),
             trial.params,
             trial.value,
+            trial.user_attrs["accuracy"],
             trial.state.name.lower(),
             trial.user_attrs["reason"],
             seconds[place],
@@ -73,7 +79,7 @@ def _trial_rows(history: Sequence[FrozenTrial]) -> list[SearchRow]:
 def _grap_rows(directory: Path) -> list[SearchRow]:
     """Makes the rows of ``grap`` and ``grap_tuned``, if finished; the second costs both runs."""
     rows: list[SearchRow] = []
-    for name in ("grap", "grap_tuned"):
+    for name in GRAP_RUNS:
         result = read_json(directory / name / RESULT_FILE)
         if result is None:
             break
@@ -81,16 +87,16 @@ def _grap_rows(directory: Path) -> list[SearchRow]:
         total = sum(row.seconds for row in rows) + seconds
         weights = read_median(directory / name / MEDIAN_FILE)
         runs = len(rows) + 1
-        rows.append(
-            SearchRow(name, weights, result["accuracy"], "complete", "", seconds, runs, total)
-        )
+        found = (result["score"], result["accuracy"])
+        rows.append(SearchRow(name, weights, *found, "complete", "", seconds, runs, total))
     return rows
 
 
 def _best_complete(rows: Sequence[SearchRow]) -> SearchRow | None:
-    """Finds the best complete trial, the earliest of equals. Pruned ones were trained for less."""
+    """Finds the complete trial of the best score, the earliest of equals. Pruned ones were trained
+    for less."""
     complete = [row for row in rows if row.state == "complete"]
-    return max(complete, key=lambda row: row.accuracy or 0.0, default=None)
+    return max(complete, key=lambda row: row.score or 0.0, default=None)
 
 
 def write_report(
@@ -109,7 +115,8 @@ def write_report(
     """
     trials, grap = _trial_rows(history), _grap_rows(directory)
     terms = list(terms_of(cfg))
-    header = ["name", *terms, "accuracy", "state", "reason", "seconds", "cumulative_seconds"]
+    costs = ["seconds", "cumulative_seconds"]
+    header = ["name", *terms, "score", "accuracy", "state", "reason", *costs]
     rows = [_csv_row(row, terms) for row in [*trials, *grap]]
     write_csv(directory / "search.csv", [header, *rows])
     notes = _reading_notes(trials, settings, cfg)
@@ -119,15 +126,15 @@ def write_report(
 
 
 def _csv_row(row: SearchRow, terms: Sequence[str]) -> list[str]:
-    accuracy = format_number(row.accuracy, ".4f", missing="")
+    found = [format_number(each, ".4f", missing="") for each in (row.score, row.accuracy)]
     cost = [f"{row.seconds:.2f}", f"{row.total:.2f}"]
     weights = format_weights(row.weights, terms, ".6g")
-    return [row.name, *weights, accuracy, row.state, row.reason, *cost]
+    return [row.name, *weights, *found, row.state, row.reason, *cost]
 
 
 def _table(trials: Sequence[SearchRow], grap: Sequence[SearchRow], terms: Sequence[str]) -> str:
     """Formats the best trial after 1, 2, 4, ... trials, and GraP's rows, in Markdown."""
-    cells = [["run", "cost: runs", "cost: seconds", "online probe", *terms]]
+    cells = [["run", "cost: runs", "cost: seconds", "online probe", "climbed score", *terms]]
     budgets = [2**n for n in range(len(trials).bit_length()) if 2**n < len(trials)]
     for budget in [*budgets, len(trials)]:
         name = f"best of {budget} trial{'s' * (budget > 1)}"
@@ -138,12 +145,13 @@ def _table(trials: Sequence[SearchRow], grap: Sequence[SearchRow], terms: Sequen
 
 def _cells(name: str, cost: SearchRow, found: SearchRow | None, terms: Sequence[str]) -> list[str]:
     """Formats one line: the runs and seconds spent up to ``cost``, and the best run they found."""
-    accuracy, weights = (None, None) if found is None else (found.accuracy, found.weights)
+    weights = None if found is None else found.weights
+    measured = (None, None) if found is None else (found.accuracy, found.score)
     return [
         name,
         str(cost.runs),
         f"{cost.total:.0f}",
-        format_number(accuracy, ".2f"),
+        *(format_number(each, ".2f") for each in measured),
         *format_weights(weights, terms, ".3g"),
     ]
 
@@ -155,9 +163,12 @@ def _reading_notes(
     states = [row.state for row in trials]
     return (
         f"Top-1 of the online probe on the validation images of {cfg.data.dataset} in percent, "
-        f"after {cfg.max_epochs} epochs. The weights are the best trial's; GraP's are the median "
-        f"of those that it learned. All runs have one training seed ({cfg.seed}), and one seed is "
-        "no ranking; the search's best was also chosen on these very images. "
+        f"after {cfg.max_epochs} epochs. The images are split into two halves, every class evenly, "
+        f"by seed {settings['seed']}. The search climbs the score, on the first half, and its best "
+        "trial is the one of the best score. The online probe's figures, and the picture's, are of "
+        "the other half, which has chosen nothing. The weights are the best trial's; GraP's are "
+        f"the median of those that it learned. All runs have one training seed ({cfg.seed}), and "
+        "one seed is no ranking. "
         f"Sampler {settings['sampler']}, pruner {settings['pruner']}, seed {settings['seed']}; "
         f"of {len(trials)} trials {states.count('pruned')} were pruned and "
         f"{states.count('fail')} failed."

@@ -20,17 +20,14 @@ from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
 from grap_solo import ConfigError
-from grap_solo.experiments.search import (
-    PRUNERS,
-    Reporter,
-    _claim_directory,
-    _explained_failures,
-    _history,
-    _open_study,
-    _sampler,
-    search,
-)
+from grap_solo.experiments.search import find_study, search
 from grap_solo.experiments.search_report import SearchRow, _table
+from grap_solo.experiments.search_storage import explained_failures, open_study, parse_storage
+from grap_solo.experiments.search_trials import (
+    Reporter,
+    finished_trials,
+    make_sampler,
+)
 from grap_solo.methods import GrapAll4One
 
 # 3 steps of 16 images an epoch, with small heads.
@@ -75,7 +72,12 @@ def add_trials(directory, count, value, intermediate=None):
                 distributions=space,
                 value=value - index,
                 intermediate_values=intermediate or {},
-                user_attrs={"seconds": 1.0, "reason": ""},
+                user_attrs={
+                    "place": len(study.trials),
+                    "seconds": 1.0,
+                    "reason": "",
+                    "accuracy": 1.0,
+                },
             )
         )
 
@@ -107,7 +109,8 @@ def test_what_a_search_leaves_behind(done):
         assert saved["method"] == "grap_all4one" and saved["name"] == row["name"]
         metrics = list(csv.DictReader((done / row["name"] / "metrics.csv").open()))
         probe = [each["val_acc1"] for each in metrics if each["val_acc1"]][-1]
-        assert float(row["accuracy"]) == pytest.approx(float(probe), abs=1e-3)
+        both = (float(row["score"]) + float(row["accuracy"])) / 2  # The halves are of 270 images.
+        assert both == pytest.approx(float(probe), abs=1e-3)
         assert row["state"] == "complete" and row["reason"] == "" and float(row["seconds"]) > 0
         weights = {term: float(row[term]) for term in TERMS}
         if row["name"] == "grap":
@@ -140,24 +143,32 @@ def test_a_finished_search_only_writes_its_report_again(done, capfd):
         assert str(done / name) in printed and (done / name).stat().st_size > 0
 
 
-def row(place, accuracy, state="complete"):
+def row(place, score, state="complete"):
     weights = {"a": 0.5, "b": place}
     return SearchRow(
-        f"trial-{place:03d}", weights, accuracy, state, "", 10.0, place + 1, 10.0 * (1 + place)
+        f"trial-{place:03d}",
+        weights,
+        score,
+        None if score is None else 100 - score,
+        state,
+        "",
+        10.0,
+        place + 1,
+        10.0 * (1 + place),
     )
 
 
 def test_the_table_has_the_best_complete_trial_so_far():
     trials = [row(0, None, "fail"), row(1, 99.0, "pruned"), row(2, 40.0), row(3, 60.0)]
     trials += [row(4, 50.0)]
-    grap = [SearchRow("grap", {"a": 1.0, "b": 2.0}, 55.0, "complete", "", 12.0, 1, 12.0)]
+    grap = [SearchRow("grap", {"a": 1.0, "b": 2.0}, 60.0, 55.0, "complete", "", 12.0, 1, 12.0)]
     lines = _table(trials, grap, ["a", "b"]).splitlines()
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]] == [
-        ["best of 1 trial", "1", "10", "-", "-", "-"],
-        ["best of 2 trials", "2", "20", "-", "-", "-"],
-        ["best of 4 trials", "4", "40", "60.00", "0.5", "3"],
-        ["best of 5 trials", "5", "50", "60.00", "0.5", "3"],
-        ["grap", "1", "12", "55.00", "1", "2"],
+        ["best of 1 trial", "1", "10", "-", "-", "-", "-"],
+        ["best of 2 trials", "2", "20", "-", "-", "-", "-"],
+        ["best of 4 trials", "4", "40", "40.00", "60.00", "0.5", "3"],
+        ["best of 5 trials", "5", "50", "40.00", "60.00", "0.5", "3"],
+        ["grap", "1", "12", "55.00", "60.00", "1", "2"],
     ]
     assert len({len(line) for line in lines}) == 1
 
@@ -200,7 +211,7 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(copy, tmp_path):
     (killed / "trial-013" / "junk").write_text("of the run that was cut off")
 
     go_on(killed, 14)
-    whole, resumed = (_history(study_of(directory)) for directory in (copy, killed))
+    whole, resumed = (finished_trials(study_of(directory)) for directory in (copy, killed))
     assert len(whole) == len(resumed) == 14
     for one, other in zip(whole, resumed):
         assert one.params == other.params and one.value == other.value
@@ -212,7 +223,7 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(copy, tmp_path):
     abandoned = study_of(killed).trials[13]
     assert abandoned.state == TrialState.FAIL and abandoned.params == whole[13].params
     # It was TPE's draw, not a random one.
-    random = optuna.create_study(sampler=_sampler("random", 0, 13)).ask()
+    random = optuna.create_study(sampler=make_sampler("random", 0, 13)).ask()
     drawn = {term: random.suggest_float(term, w / 10, w * 10, log=True)
              for term, w in REFERENCE.items()}  # fmt: skip
     assert whole[13].params != drawn
@@ -250,7 +261,7 @@ def test_the_pruner_sees_every_epoch_and_spares_a_run_at_its_end(copy, epoch, st
     # After the epoch they are better than any run, before it worse.
     add_trials(copy, 5, value=1.0, intermediate={0: 0.0, epoch: 101.0})
     go_on(copy, 8, sampler="random", pruner="median")
-    trials = _history(study_of(copy))
+    trials = finished_trials(study_of(copy))
     for trial in trials[:2]:
         assert list(trial.intermediate_values) == [0, 1]
         assert trial.intermediate_values[1] == trial.value
@@ -258,9 +269,7 @@ def test_the_pruner_sees_every_epoch_and_spares_a_run_at_its_end(copy, epoch, st
     assert list(trials[7].intermediate_values) == reported
     last = rows_of(copy)[7]
     assert last["name"] == "trial-007" and last["state"] == state and last["reason"] == ""
-    assert float(last["accuracy"]) == pytest.approx(
-        trials[7].intermediate_values[reported[-1]], abs=1e-3
-    )
+    assert float(last["accuracy"]) == pytest.approx(trials[7].user_attrs["accuracy"], abs=1e-3)
     best = "best of 8 trials |          8 |"
     assert best in (copy / "search.md").read_text()
 
@@ -358,7 +367,7 @@ def test_a_bad_configuration_ends_the_search_and_can_be_mended(tmp_path):
         TrialState.FAIL,
         TrialState.RUNNING,
     ]
-    assert _history(study_of(tmp_path / "search")) == []
+    assert finished_trials(study_of(tmp_path / "search")) == []
     with pytest.raises(ConfigError, match="limit_val_batches.*never validated"):
         search(configuration("+limit_val_batches=0", "max_epochs=1"), tmp_path / "search", 3)
 
@@ -367,10 +376,10 @@ def test_an_interrupt_ends_the_search_and_is_no_failed_trial(copy, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grap_solo.experiments.search.pretrain", interrupt)
+    monkeypatch.setattr("grap_solo.experiments.search_trials.pretrain", interrupt)
     with pytest.raises(KeyboardInterrupt):
         go_on(copy, 3)
-    assert len(_history(study_of(copy))) == 2
+    assert len(finished_trials(study_of(copy))) == 2
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -414,31 +423,36 @@ def test_two_searches_do_not_write_one_folder(done):
 def test_a_study_lies_in_its_folder_whatever_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (Path(name), tmp_path / name):  # Relative and absolute.
-        _claim_directory(folder)
-        study = _open_study(folder, PRUNERS["none"](), {"seed": 1})
-        assert study.user_attrs["settings"] == {"seed": 1}
+        folder.mkdir(exist_ok=True)
+        storage = parse_storage(None, folder)
+        with open_study(storage, find_study(folder, storage)) as study:
+            study.set_user_attr("is", name)
         assert sorted(path.name for path in tmp_path.iterdir()) == [name]
         assert [path.name for path in folder.iterdir()] == ["study.db"]
-    study.tell(study.ask(), 1.0)
-    with pytest.raises(ConfigError, match="holds a search with --seed 1, not 2"):
-        _open_study(Path(name), PRUNERS["none"](), {"seed": 2})
+    with open_study(parse_storage(None, Path(name)), "search") as study:
+        assert study.user_attrs == {"is": name}
 
 
 def test_a_study_that_another_process_uses_is_not_damaged(tmp_path):
-    study = _open_study(tmp_path, PRUNERS["none"](), {})
-    file = tmp_path / "study.db"
-    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        message = f"^{file}: another process uses it .*locked"
-        with pytest.raises(ConfigError, match=message), _explained_failures(file):
-            study.ask()
-        other.execute("ROLLBACK")
-    study.ask()
+    storage, file = parse_storage(None, tmp_path), tmp_path / "study.db"
+    with open_study(storage, "search") as study:
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            message = f"^{file}: another process uses it .*locked"
+            with pytest.raises(ConfigError, match=message), explained_failures(storage):
+                study.ask()
+            other.execute("ROLLBACK")
+        study.ask()
 
 
 def test_a_study_that_cannot_be_opened_is_not_damaged(tmp_path):
     file = tmp_path / "study.db"
     file.mkdir()
     message = f"^{file}: cannot be read or written .unable to open"
-    with pytest.raises(ConfigError, match=message), _explained_failures(file):
-        _open_study(tmp_path, PRUNERS["none"](), {})
+    storage = parse_storage(None, tmp_path)
+    with (
+        pytest.raises(ConfigError, match=message),
+        explained_failures(storage),
+        open_study(storage, "search"),
+    ):
+        pass
