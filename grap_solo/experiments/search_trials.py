@@ -283,7 +283,7 @@ class Halves(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for kept in (self._logits, self._hits, self._labels):
             kept.clear()
-        probe: Any = pl_module.probe
+        probe: Any = pl_module.online_probe
         self._hook = probe.register_forward_hook(
             lambda module, inputs, logits: self._logits.append(logits)
         )

@@ -56,7 +56,7 @@ class ProbedMethod(BaseMethod):
         return self.classifier if isinstance(self.classifier, DownstreamHeads) else None
 
     @property
-    def probe(self) -> nn.Module | None:
+    def online_probe(self) -> nn.Module | None:
         """The online probe; with a ``downstream:`` block the first head that classifies, if any."""
         heads = self.heads_downstream
         return self.classifier if heads is None else heads.classifier
@@ -91,18 +91,18 @@ class ProbedMethod(BaseMethod):
 
     def log_dict(self, dictionary: Any, *args: Any, **options: Any) -> None:
         """Leaves out the metrics of a classifier if there is none."""
-        if self.probe is None:
+        if self.online_probe is None:
             dictionary = {k: v for k, v in dictionary.items() if k not in OF_THE_CLASSIFIER}
         super().log_dict(dictionary, *args, **options)
 
     def base_training_step(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Returns ``feats`` (B, D) of one view and the probe's metrics. Runs no heads."""
         feats = self.multicrop_forward(X)["feats"]
-        if self.probe is None:
+        if self.online_probe is None:
             nothing = {key: feats.new_zeros(()) for key in ("loss", "acc1", "acc5")}
             return {"feats": feats, **nothing}  # Not logged.
         with torch.no_grad():
-            return {"feats": feats, **_measure_probe(self.probe, feats, targets)}
+            return {"feats": feats, **_measure_probe(self.online_probe, feats, targets)}
 
     def _shared_step_momentum(self, X: Tensor, targets: Tensor) -> dict[str, Tensor]:
         assert isinstance(self, BaseMomentumMethod)  # Only that base calls this method.

@@ -111,8 +111,8 @@ class RecordedMethod(ProbedMethod):
     def _log_labelled(self, step: Step, held_out: HeldOut, labels: Tensor) -> None:
         """Logs the probe's loss and accuracy on a held-out batch, or the downstream heads' loss."""
         metrics = {"train_labelled_loss": step.downstream}
-        if self._probe is not None:
-            logits = [self._probe(each) for each in held_out.embeddings]
+        if self.online_probe is not None:
+            logits = [self.online_probe(each) for each in held_out.embeddings]
             accuracies = [top1_and_top5(each, labels)[0] for each in logits]
             metrics["train_labelled_acc1"] = torch.cat(accuracies).mean()
         self.log_dict(metrics, on_epoch=True, sync_dist=True)

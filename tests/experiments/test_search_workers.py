@@ -183,8 +183,12 @@ def test_the_validation_images_are_split_evenly_by_seed(counts):
         assert (split_in_halves(labels, 1) != halves).any()
 
 
-def test_what_is_climbed_differs_from_what_is_reported(tmp_path):
-    own = search_of(tmp_path, plain=plain_of(small("max_epochs=4", "optimizer.lr=0.002")))
+@pytest.mark.parametrize("block", ["null", "{ink: {task: regression, column: ink}, digit: {}}"])
+def test_what_is_climbed_differs_from_what_is_reported(block, tmp_path):
+    """With downstream heads, by the first one that classifies."""
+    block = block.replace("{}", "{task: classification}")
+    changes = [f"+downstream={block}", "max_epochs=4", "optimizer.lr=0.002"]
+    own = search_of(tmp_path, plain=plain_of(small(*changes)))
     run_trial(own)
     with open_study(own.storage, own.study) as study:
         (trial,) = finished_trials(study)
