@@ -35,10 +35,10 @@ SECONDS_AT_MOST = 600
 def commands_of(contender: str, runs: int, data: list[str]) -> list[list[str]]:
     """The commands of a contender, each of which is a process."""
     keys = [*data, "data.batched=True", "accelerator=cpu", "optimizer.batch_size=16"]
-    keys += [
-        "+limit_train_batches=2",
-        "+limit_val_batches=1",
-    ]  # Weights are written after an epoch.
+    keys += ["precision=32", "data.num_workers=0"]
+    keys += ["method_kwargs.proj_hidden_dim=64", "method_kwargs.proj_output_dim=64"]
+    # The weights of the first steps are written at the end of an epoch.
+    keys += ["+limit_train_batches=2", "+limit_val_batches=1"]
     if contender == "shared":
         seeds = ",".join(map(str, range(1, runs + 1)))
         grid = ["methods=[fixed]", f"seeds=[{seeds}]", "name=grid", "--parallel", str(runs)]

@@ -1,12 +1,13 @@
 """Arrays that several processes share."""
 
 import errno
+import multiprocessing
 import os
 
 import numpy as np
 import pytest
 import torch
-from helpers import SERVER, quiet_digits
+from helpers import quiet_digits
 from small_tasks import take_shared
 
 from grap_solo.data import batched, evaluation_loader, load_both, pretrain_loader, shared
@@ -26,9 +27,10 @@ def make(calls=None):
 
 
 def test_one_of_several_processes_makes_an_array_and_all_map_it(tmp_path):
-    queue, barrier = SERVER.Queue(), SERVER.Barrier(4)
+    context = multiprocessing.get_context("spawn")
+    queue, barrier = context.Queue(), context.Barrier(4)
     with shared_arrays(tmp_path / "shared"):
-        each = [SERVER.Process(target=take_shared, args=(queue, barrier)) for _ in range(4)]
+        each = [context.Process(target=take_shared, args=(queue, barrier)) for _ in range(4)]
         for process in each:
             process.start()
         found = [queue.get(timeout=300) for _ in each]
