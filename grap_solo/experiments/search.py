@@ -312,7 +312,7 @@ def _run_by_launcher(search: Search, launcher: Launcher, workers: int, uses_gpu:
         ]
         before = len(history)
         ended = run_tasks([*tasks, *runs], launcher, search.directory, uses_gpu)
-        with contextlib.closing(ended):  # type: ignore[type-var]
+        with contextlib.closing(ended):
             for task, reason in ended:
                 if task.name in GRAP_RUNS:
                     print(f"{task.name}: {reason or 'finished'}", flush=True)

@@ -143,8 +143,7 @@ def open_study(
 ) -> Iterator[optuna.study.Study]:
     """Opens a study, or makes a new one, and closes its connections in the end."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for kind in (optuna.exceptions.ExperimentalWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=kind, module="optuna")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="optuna")
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     backend = _open_storage(storage)
     try:

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def make_launcher(
 
 def run_tasks(
     tasks: Sequence[Task], launcher: Launcher, folder: Path, uses_gpu: bool
-) -> Iterator[tuple[Task, str | None]]:
+) -> Generator[tuple[Task, str | None], None, None]:
     """Runs tasks; yields each one as it ends, with the reason if it failed.
 
     A task that fails or dies ends alone: the others run on.
