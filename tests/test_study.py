@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,11 @@ from grap_solo.compose import compose
 from grap_solo.experiments.grid import plan
 from grap_solo.training.config import prepare
 
+FOLDER = ROOT / "benchmarks" / "study"
+
 
 def load(name):
-    file = ROOT / "benchmarks" / "study" / f"{name}.py"
+    file = FOLDER / f"{name}.py"
     specification = importlib.util.spec_from_file_location(f"study_{name}", file)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -29,6 +32,22 @@ def test_every_run_of_every_stage_can_start(tmp_path):
         definitions = {each: study.VARIANTS[each] for each in methods & set(study.VARIANTS)}
         for cell in plan(cfg, sorted(methods), [1], definitions):
             prepare(cell.cfg)
+
+
+def test_what_transfer_changes_can_start_and_is_a_table_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    study, tables = load("study"), load("tables")
+    for method in ("vicreg", "barlow_twins"):
+        for overrides in study.TRANSFER.values():
+            cfg = compose(study.FILES["digits", method], [f"checkpoint.dir={tmp_path}", *overrides])
+            prepare(cfg)
+    for stage in ("confirm", *study.TRANSFER):
+        run = tmp_path / f"vicreg-digits-{stage}" / "equal"
+        run.mkdir(parents=True)
+        result = {"method": "equal", "seed": 11, "weights": {"variance": 1.0}}
+        (run / "result.json").write_text(json.dumps(result))
+    runs = tables.read_runs(tmp_path)
+    assert set(runs["data"]) == {"digits", *(f"digits-{stage}" for stage in study.TRANSFER)}
 
 
 def test_a_variant_means_the_same_whatever_the_rules_defaults_are():

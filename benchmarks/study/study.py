@@ -92,6 +92,15 @@ STAGES: dict[str, tuple[list[str], list[int]]] = {
     "confirm": (CONFIRMED, [11, 12, 13, 14]),
 }
 
+# Stage transfer: the digits' trainings with one thing changed, each a stage of its own.
+TRANSFER = {
+    "quarter": ["max_epochs=5", "scheduler.warmup_epochs=1"],
+    "fourfold": ["max_epochs=80", "scheduler.warmup_epochs=12"],
+    "batch": ["optimizer.batch_size=128"],  # lr follows the batch
+    "wide": ["backbone.kwargs={stem_width: 32, channels: [64, 96, 96, 192]}"],
+}
+STAGES |= {stage: (["fixed", "equal", "balanced_exp2"], [11, 12, 13, 14]) for stage in TRANSFER}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -104,7 +113,8 @@ def main() -> None:
     given, overrides = parser.parse_known_args()
     methods, seeds = STAGES[given.stage]
     name = f"name={given.method}-{given.data}-{given.stage}"
-    cfg = compose(FILES[given.data, given.method], [name, "checkpoint.dir=runs/study", *overrides])
+    changed = [name, "checkpoint.dir=runs/study", *TRANSFER.get(given.stage, [])]
+    cfg = compose(FILES[given.data, given.method], [*changed, *overrides])
     methods, seeds = given.methods or methods, given.seeds or seeds
     definitions = {each: VARIANTS[each] for each in methods if each in VARIANTS}
     compare(cfg, methods, seeds, definitions, make_launcher(parallel=given.parallel))

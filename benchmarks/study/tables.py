@@ -4,7 +4,8 @@
 
 For each method and data set it writes ``<method>-<data>.csv``, a row for each run, and prints a
 Markdown table: mean and sample standard deviation over the seeds, those that variants were chosen
-on (below 10) and those that confirm (from 11 on) apart.
+on (below 10) and those that confirm (from 11 on) apart. What stage transfer changed has a file and
+a table of its own.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import json
 from pathlib import Path
 
 import pandas as pd
+from study import TRANSFER
 
 from grap_solo.records.runs import MEASURES
 from grap_solo.records.weights import format_weight
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
-    """One row for each run: the study's method and data set, the variant, the seed, the measures,
-    seconds, and the median effective weight of each term."""
+    """One row for each run: the study's method, its data set and what of it was changed, the stage,
+    the variant, the seed, the measures, seconds, and the median effective weight of each term."""
     rows = []
     for file in sorted(folder.glob("*/*/result.json")):
         method, data, stage = file.parts[-3].split("-", 2)
+        if stage in TRANSFER:
+            data = f"{data}-{stage}"
         result = json.loads(file.read_text())
         weights = {f"weight/{term}": value for term, value in result.pop("weights").items()}
         variant = result.pop("method")
