@@ -97,7 +97,7 @@ TRANSFER = {
     "quarter": ["max_epochs=5", "scheduler.warmup_epochs=1"],
     "fourfold": ["max_epochs=80", "scheduler.warmup_epochs=12"],
     "batch": ["optimizer.batch_size=128"],  # lr follows the batch
-    "wide": ["backbone.kwargs={stem_width: 32, channels: [64, 96, 96, 192]}"],
+    "wide": ["+backbone.kwargs={stem_width: 32, channels: [64, 96, 96, 192]}"],
 }
 STAGES |= {stage: (["fixed", "equal", "balanced_exp2"], [11, 12, 13, 14]) for stage in TRANSFER}
 
