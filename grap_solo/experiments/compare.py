@@ -30,7 +30,7 @@ from grap_solo.records.files import (
     read_json,
     write_json,
 )
-from grap_solo.records.runs import MEASURES, read_run
+from grap_solo.records.runs import MEASURES, counted, read_run
 from grap_solo.report.page import report
 from grap_solo.report.tables import BASELINE, table_of_methods, table_of_runs, write_summary
 
@@ -154,10 +154,10 @@ def _table_notes(cells: Sequence[Cell], runs: Any) -> str:
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(cell.seed for cell in cells))
     trained = runs["seconds"].sum()
     return (
-        f"{cfg.data.dataset}, {cfg.max_epochs} epochs, seeds {seeds}. Top-1 on the validation "
-        "images in percent, mean ± standard deviation over the seeds; the linear probe and k-NN "
-        "are offline, on frozen embeddings; the probe's regulariser is chosen on a split of the "
-        "training embeddings, and k-NN is weighted (k = 20, cosine, T = 0.07). cost: "
+        f"{cfg.data.dataset}, {counted(cfg.max_epochs, 'epoch')}, seeds {seeds}. Top-1 on the "
+        "validation images in percent, mean ± standard deviation over the seeds; the linear probe "
+        "and k-NN are offline, on frozen embeddings; the probe's regulariser is chosen on a split "
+        "of the training embeddings, and k-NN is weighted (k = 20, cosine, T = 0.07). cost: "
         "training time divided by that of fixed, from step times taken in turns in one process; "
         "it includes the run that a method starts from. "
         "p: Welch's t-test of the linear probe against fixed, Holm-corrected over the table. The "

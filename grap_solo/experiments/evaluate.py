@@ -37,6 +37,7 @@ from grap_solo.records.files import (
     read_json,
     write_json,
 )
+from grap_solo.records.runs import counted
 from grap_solo.report.tables import format_number, markdown
 
 LIDAR_IMAGES, LIDAR_VIEWS = 1_000, 10
@@ -208,7 +209,7 @@ def _finetuned(run: Path, load: Composer, notes: dict[str, str]) -> float | None
         accuracy = done["online"]
     epochs = read_config(folder / CONFIG_FILE).max_epochs
     before = ", trained before" if done else ""
-    notes["finetune"] = f"{epochs} epoch{'s' * (epochs > 1)}, in {folder}{before}"
+    notes["finetune"] = f"{counted(epochs, 'epoch')}, in {folder}{before}"
     return accuracy
 
 

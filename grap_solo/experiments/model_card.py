@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 import grap_solo
 from grap_solo.exported import EXPORTED_STATE, EXPORTED_WEIGHTS, OWN_ENTRY
 from grap_solo.records.files import EVALUATION_FILE, RESULT_FILE, TRAINED_FILE, WEIGHTS_FILE
-from grap_solo.records.runs import read_mapping, read_run
+from grap_solo.records.runs import counted, read_mapping, read_run
 from grap_solo.records.weights import format_weight, median_weights
 from grap_solo.report.tables import format_number, markdown
 
@@ -67,7 +67,7 @@ def model_card(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {run.resolve().name}",
         f"{saved.backbone.name}, pretrained on {saved.data.dataset} with "
-        f"{saved.method} (weighting rule: {rule}) for {saved.max_epochs} epochs, seed "
+        f"{saved.method} (weighting rule: {rule}) for {counted(saved.max_epochs, 'epoch')}, seed "
         f"{saved.get('seed', 5)}. The weights are those of `{checkpoint.name}`. The model computes "
         f"embeddings of {config['num_features']} numbers.",
         "## Use",

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from optuna.trial import FrozenTrial
 
 from grap_solo.records.files import MEDIAN_FILE, RESULT_FILE, read_json
+from grap_solo.records.runs import counted
 from grap_solo.records.weights import read_median
 from grap_solo.report.plots import COLORS
 from grap_solo.report.tables import format_number, format_weights, markdown, write_csv, write_text
@@ -137,7 +138,7 @@ def _table(trials: Sequence[SearchRow], grap: Sequence[SearchRow], terms: Sequen
     cells = [["run", "cost: runs", "cost: seconds", "online probe", "climbed score", *terms]]
     budgets = [2**n for n in range(len(trials).bit_length()) if 2**n < len(trials)]
     for budget in [*budgets, len(trials)]:
-        name = f"best of {budget} trial{'s' * (budget > 1)}"
+        name = f"best of {counted(budget, 'trial')}"
         cells.append(_cells(name, trials[budget - 1], _best_complete(trials[:budget]), terms))
     cells += [_cells(row.name, row, row, terms) for row in grap]
     return markdown(cells)
@@ -163,14 +164,14 @@ def _reading_notes(
     states = [row.state for row in trials]
     return (
         f"Top-1 of the online probe on the validation images of {cfg.data.dataset} in percent, "
-        f"after {cfg.max_epochs} epochs. The images are split into two halves, every class evenly, "
-        f"by seed {settings['seed']}. The search climbs the score, on the first half, and its best "
-        "trial is the one of the best score. The online probe's figures, and the picture's, are of "
-        "the other half, which has chosen nothing. The weights are the best trial's; GraP's are "
-        f"the median of those that it learned. All runs have one training seed ({cfg.seed}), and "
-        "one seed is no ranking. "
+        f"after {counted(cfg.max_epochs, 'epoch')}. The images are split into two "
+        f"halves, every class evenly, by seed {settings['seed']}. The search climbs the score, "
+        "on the first half, and its best trial is the one of the best score. The online "
+        "probe's figures, and the picture's, are of the other half, which has chosen nothing. The "
+        "weights are the best trial's; GraP's are the median of those that it learned. All runs "
+        f"have one training seed ({cfg.seed}), and one seed is no ranking. "
         f"Sampler {settings['sampler']}, pruner {settings['pruner']}, seed {settings['seed']}; "
-        f"of {len(trials)} trials {states.count('pruned')} were pruned and "
+        f"of {counted(len(trials), 'trial')} {states.count('pruned')} were pruned and "
         f"{states.count('fail')} failed."
     )
 
@@ -184,10 +185,10 @@ def _plot(file: Path, trials: Sequence[SearchRow], grap: Sequence[SearchRow]) ->
     best = [_best_complete(trials[: place + 1]) for place in range(len(trials))]
     spent = [row.total / divisor for row in trials]
     heights = [_height(row) for row in best]
-    label = f"search: best of {len(trials)} trials so far"
+    label = f"search: best of {counted(len(trials), 'trial')} so far"
     axes.plot(spent, heights, color=COLORS[0], drawstyle="steps-post", marker=".", label=label)
     for row, color in zip(grap, (COLORS[4], COLORS[2]), strict=False):
-        label = f"{row.name}: {row.runs} run{'s' * (row.runs > 1)}"
+        label = f"{row.name}: {counted(row.runs, 'run')}"
         axes.plot(row.total / divisor, _height(row), "o", color=color, label=label)
     axes.set_xlabel(f"{unit} of training in all")
     axes.set_ylabel("online probe, top-1 in percent")

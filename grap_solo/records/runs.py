@@ -95,9 +95,14 @@ class RunFiles:
         dataset = data.get("dataset") if isinstance(data, dict) else None
         return (
             str(dataset or ""),
-            "" if epochs is None else f"{epochs} epochs",
+            "" if epochs is None else counted(epochs, "epoch"),
             ", ".join(self.terms),
         )
+
+
+def counted(count: int, noun: str) -> str:
+    """Says how many there are: ``1 epoch``, ``2 epochs``."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def absolute(path: Path) -> Path:

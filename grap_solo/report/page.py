@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grap_solo.errors import ConfigError
 from grap_solo.records.files import PICTURE_FILE, SUMMARY_FILE, make_folder
-from grap_solo.records.runs import MEASURES, is_run
+from grap_solo.records.runs import MEASURES, counted, is_run
 from grap_solo.records.weights import format_weight
 from grap_solo.report.groups import Group, Summary, folder_names, read_recorded, to_float
 from grap_solo.report.plots import term_colors
@@ -164,17 +164,13 @@ def _render(
     environment.filters.update(embed=_embed, css_width=_css_width)
     count = sum(len(group.runs) for group in groups)
     return environment.get_template(TEMPLATE).render(
-        lead=f"{_plural(len(groups), 'method')}, {_plural(count, 'run')}",
+        lead=f"{counted(len(groups), 'method')}, {counted(count, 'run')}",
         folders=[str(folder) for folder in folders],
         overview=_overview(groups),
         sections=sections,
         runs=[str(run.folder) for group in groups for run in group.runs],
         empty=[str(path) for path in empty],
     )
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _overview(groups: Sequence[Group]) -> Table:

@@ -47,6 +47,7 @@ from grap_solo.records.files import (
     whole_file,
     write_json,
 )
+from grap_solo.records.runs import counted
 from grap_solo.report.plots import plot_weights
 from grap_solo.solo import describe_base
 from grap_solo.training.building import build_model, check_batch_norms
@@ -228,8 +229,9 @@ def _check_finished(
         saved = epoch_checkpoints(run_dir(cfg) / CHECKPOINTS_FOLDER)
         again = AGAIN if saved else "start it again"
         raise RunStopped(
-            f"{key}: {cfg.name} stopped after step {step}, before its {cfg.max_epochs} epochs were "
-            f"over, and is not finished: {again}; {key} may then be larger, or left out"
+            f"{key}: {cfg.name} stopped after step {step}, before the end of "
+            f"its {counted(cfg.max_epochs, 'epoch')}, and is not finished: {again}; {key} may then "
+            "be larger, or left out"
         )
     bad = find_not_finite(model.state_dict())
     cause = None if bad is None else f"'{bad}' is not finite at its end"

@@ -1,5 +1,6 @@
 """A run folder is read back, and damage in it is one line."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -34,6 +35,16 @@ def test_everything_in_a_run_folder_is_read(tmp_path):
     for values in run.diagnostics.columns.values():
         np.testing.assert_array_equal(values, expected)
     assert run.setting() == ("digits", f"{EPOCHS} epochs", ", ".join(FOUR))
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs"), (None, "")]
+)
+def test_one_epoch_is_one_epoch(count, said, tmp_path):
+    write_run(tmp_path / "run", dict.fromkeys(FOUR, 1.0))
+    config = {} if count is None else {"max_epochs": count}
+    run = dataclasses.replace(read_run(tmp_path / "run"), config=config)
+    assert run.setting()[1] == said
 
 
 def test_a_run_is_read_from_whatever_files_it_has(tmp_path):
