@@ -23,6 +23,7 @@ from grap_solo.errors import ConfigError, unknown_name
 from grap_solo.experiments.cells import check_launcher, use_gpus
 from grap_solo.experiments.grid import Cell
 from grap_solo.experiments.retrain import learned_weighting
+from grap_solo.experiments.search_places import RANGE, SAMPLERS, Search, finished_trials
 from grap_solo.experiments.search_report import GRAP_RUNS, REPORT_FILES, trial_name, write_report
 from grap_solo.experiments.search_storage import (
     STUDY_FILE,
@@ -35,11 +36,7 @@ from grap_solo.experiments.search_storage import (
 )
 from grap_solo.experiments.search_trials import (
     PRUNERS,
-    RANGE,
-    SAMPLERS,
     Halves,
-    Search,
-    finished_trials,
     patient_study,
     remove_unfinished,
     run_config,

@@ -62,12 +62,11 @@ from grap_solo.training.checkpoints import (
 from grap_solo.training.config import (
     expand_paths,
     images_per_step,
-    learns_labels,
-    missing_labels,
     prepare,
     run_dir,
     terms_of,
 )
+from grap_solo.training.label_keys import learns_labels, missing_labels
 from grap_solo.training.loggers import head_measures, is_first_process, wandb_run
 from grap_solo.training.same_run import (
     check_same_data,

@@ -21,13 +21,10 @@ from optuna.trial import TrialState
 
 from grap_solo import ConfigError
 from grap_solo.experiments.search import find_study, search
+from grap_solo.experiments.search_places import finished_trials, make_sampler
 from grap_solo.experiments.search_report import SearchRow, _table
 from grap_solo.experiments.search_storage import explained_failures, open_study, parse_storage
-from grap_solo.experiments.search_trials import (
-    Reporter,
-    finished_trials,
-    make_sampler,
-)
+from grap_solo.experiments.search_trials import Reporter
 from grap_solo.methods import GrapAll4One
 
 # 3 steps of 16 images an epoch, with small heads.

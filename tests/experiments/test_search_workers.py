@@ -25,6 +25,12 @@ import grap_solo.experiments.search_trials as trials_module
 from grap_solo import ConfigError
 from grap_solo.cli import main
 from grap_solo.experiments.search import search
+from grap_solo.experiments.search_places import (
+    Search,
+    claim_trial,
+    finished_trials,
+    make_sampler,
+)
 from grap_solo.experiments.search_storage import (
     check_for_slurm,
     explained_failures,
@@ -32,14 +38,7 @@ from grap_solo.experiments.search_storage import (
     parse_storage,
     patiently,
 )
-from grap_solo.experiments.search_trials import (
-    Search,
-    _claim,
-    finished_trials,
-    make_sampler,
-    run_trial,
-    split_in_halves,
-)
+from grap_solo.experiments.search_trials import run_trial, split_in_halves
 from grap_solo.experiments.tasks import make_launcher
 from grap_solo.records.files import read_json
 
@@ -94,7 +93,7 @@ def wait_for(output, text, process):
 def claim_and_hold(search, beats=False):
     storage_module.HEARTBEAT = 1  # The process lives for this one trial.
     with open_study(search.storage, search.study) as study:
-        claim = _claim(search, study)
+        claim = claim_trial(search, study)
         with storage_module.beating(study, claim.trial) if beats else contextlib.nullcontext():
             time.sleep(0.5)
             print(f"holds {claim.place}", flush=True)
@@ -109,7 +108,7 @@ def test_a_killed_workers_trial_is_tried_again_and_counts_once(kept, tmp_path):
     process = start_process(output, claim_and_hold, kept)
     wait_for(output, "holds 0\n", process)
     with open_study(kept.storage, kept.study) as study:
-        second = _claim(kept, study)
+        second = claim_trial(kept, study)
         assert second.place == 1  # The first one still runs.
         study.tell(second.trial, 1.0)
         second.lock.close()
@@ -117,17 +116,17 @@ def test_a_killed_workers_trial_is_tried_again_and_counts_once(kept, tmp_path):
         output_of(process, output, -signal.SIGKILL)
         lost = study.trials[0]
         assert lost.state == TrialState.RUNNING
-        again = _claim(kept, study)
+        again = claim_trial(kept, study)
         assert study.trials[0].state == TrialState.FAIL
         assert (again.place, again.weights) == (0, lost.params)
         assert again.weights != second.weights
         study.tell(again.trial, 2.0)
         again.lock.close()
-        third = _claim(kept, study)
+        third = claim_trial(kept, study)
         study.tell(third.trial, 3.0)
         third.lock.close()
         assert third.place == 2 and third.weights not in (again.weights, second.weights)
-        assert _claim(kept, study) is None
+        assert claim_trial(kept, study) is None
         assert [each.value for each in finished_trials(study)] == [2.0, 1.0, 3.0]
 
 
@@ -145,7 +144,7 @@ def test_a_database_takes_a_trial_without_a_heartbeat_for_lost(server, tmp_path,
     with open_study(own.storage, own.study) as study:
         study._storage.record_heartbeat(study.trials[0]._trial_id)  # The only one.
         time.sleep(4.5)
-        again = _claim(own, study)
+        again = claim_trial(own, study)
         assert [each.state for each in study.trials] == [
             TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING,
         ]  # fmt: skip
