@@ -26,6 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.flop_counter import FlopCounterMode
 
+from grap_solo.cli import exit_on_refusal
 from grap_solo.compose import compose
 from grap_solo.data.augmentations import build_views
 from grap_solo.data.datasets import NUM_CLASSES
@@ -124,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_refusal():
+        main()

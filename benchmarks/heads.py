@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from grap_solo.cli import exit_on_refusal
 from grap_solo.experiments.bench import contender
 from grap_solo.experiments.timing import Contender, in_turns
 from grap_solo.report.tables import markdown
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_refusal():
+        main()

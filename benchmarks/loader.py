@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from grap_solo.cli import exit_on_refusal
 from grap_solo.data import load_images, pretrain_loader
 from grap_solo.data.batched import batched_loader
 from grap_solo.data.datasets import Images
@@ -197,4 +198,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_refusal():
+        main()

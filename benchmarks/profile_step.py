@@ -14,6 +14,7 @@ import argparse
 
 from torch.profiler import ProfilerActivity, profile
 
+from grap_solo.cli import exit_on_refusal
 from grap_solo.experiments.bench import contender
 from grap_solo.experiments.counting import count_operators
 
@@ -52,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_refusal():
+        main()

@@ -22,6 +22,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 
+from grap_solo.cli import exit_on_refusal
 from grap_solo.errors import RunStopped
 from grap_solo.report.tables import markdown
 from grap_solo.training.run import pretrain
@@ -92,4 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_refusal():
+        main()

@@ -7,10 +7,11 @@ the command line has been checked.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,18 @@ def unknown_command(name: str, commands: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name, commands, n=1)
     hint = f"did you mean '{near[0]}'?" if near else "grap-solo --help lists the commands"
     return ConfigError(f"unknown command '{name}': {hint}")
+
+
+@contextlib.contextmanager
+def exit_on_refusal() -> Iterator[None]:
+    """For scripts: bad input ends the process as it ends a command, in one line, with code 2."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_refusal(error):
+            raise
+        print(refusal(error), file=sys.stderr)
+        sys.exit(2)
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import runpy
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,32 @@ def test_every_run_of_every_stage_can_start(tmp_path):
         definitions = {each: study.VARIANTS[each] for each in methods & set(study.VARIANTS)}
         for cell in plan(cfg, sorted(methods), [1], definitions):
             prepare(cell.cfg)
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "message"),
+    [
+        ("study/study", "vicreg digits confirm optimiser.lr=1", "optimiser"),
+        ("study/tables", "--runs nowhere", "--runs: nowhere has no finished run"),
+        ("study/searches", "nowhere.csv", "nowhere.csv: no such file"),
+        ("estimate", "nowhere.yaml --images 9 --rate 9", "nowhere.yaml"),
+        ("heads", "--method nothing", "no packaged configuration"),
+        ("profile_step", "fixed --method nothing", "no packaged configuration"),
+        ("soak", "soaked optimiser.lr=1", "optimiser"),
+        ("loader", "--cifar10 nowhere", "nowhere"),
+    ],
+)
+def test_a_benchmark_refuses_bad_input_in_one_line(
+    script, line, message, tmp_path, monkeypatch, capsys
+):
+    file = ROOT / "benchmarks" / f"{script}.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(file.parent)
+    monkeypatch.setattr("sys.argv", [str(file), *line.split()])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_what_transfer_changes_can_start_and_is_a_table_of_its_own(tmp_path, monkeypatch):

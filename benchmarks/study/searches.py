@@ -19,6 +19,8 @@ import numpy as np
 import optuna
 import pandas as pd
 
+from grap_solo.cli import exit_on_refusal
+from grap_solo.errors import ConfigError
 from grap_solo.records.runs import MEASURES
 
 RUNS = (1, 4, 8, 16)
@@ -85,8 +87,11 @@ def main() -> None:
     parser.add_argument("map", type=Path, help="a map's map.csv")
     parser.add_argument("--beats", type=float, default=100.0, help="an accuracy in percent")
     given = parser.parse_args()
+    if not given.map.is_file():
+        raise ConfigError(f"{given.map}: no such file: give a map's map.csv")
     print(search_table(pd.read_csv(given.map), given.beats))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_refusal():
+        main()

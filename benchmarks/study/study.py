@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from grap_solo.cli import exit_on_refusal
 from grap_solo.compose import compose
 from grap_solo.experiments.compare import compare
 from grap_solo.experiments.tasks import make_launcher
@@ -121,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_refusal():
+        main()

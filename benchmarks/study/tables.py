@@ -17,6 +17,8 @@ from pathlib import Path
 import pandas as pd
 from study import TRANSFER
 
+from grap_solo.cli import exit_on_refusal
+from grap_solo.errors import ConfigError
 from grap_solo.records.runs import MEASURES
 from grap_solo.records.weights import format_weight
 
@@ -64,6 +66,8 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     runs = read_runs(given.runs)
+    if runs.empty:
+        raise ConfigError(f"--runs: {given.runs} has no finished run of the study")
     order = runs.sort_values(["stage", "seed"], kind="stable").drop_duplicates(
         ["base", "data", "variant", "seed"]  # A stage may repeat another's runs.
     )
@@ -74,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_refusal():
+        main()
