@@ -449,9 +449,10 @@ def workers_of(parent):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_a_worker_and_then_the_command_are_killed(tmp_path):
+def test_a_worker_and_then_the_command_are_killed(server, tmp_path):
     directory, output = tmp_path / "search", tmp_path / "output"
-    line = command(directory, "--trials", 4, "--parallel", 2, "max_epochs=5")
+    line = command(directory, "--trials", 4, "--parallel", 2, "--storage", server.url,
+                   "max_epochs=5")  # fmt: skip
     process = start_command(output, *line)
     logs = [directory / "logs" / f"worker-{at:03d}.log" for at in range(2)]
     for log in logs:
@@ -466,8 +467,9 @@ def test_a_worker_and_then_the_command_are_killed(tmp_path):
     while any(Path("/proc", str(each)).exists() for each in left):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    search(small("max_epochs=5"), directory, 4)
-    with open_study(parse_storage(None, directory), "search") as study:
+    search(small("max_epochs=5"), directory, 4, storage=server.url)
+    study_name = read_json(directory / "storage.json")["study"]
+    with open_study(parse_storage(server.url, directory), study_name) as study:
         places = [each.user_attrs["place"] for each in finished_trials(study)]
         lost = [each for each in study.trials if each.state == TrialState.FAIL]
         again = {each.user_attrs.get("again"): each for each in study.trials}
