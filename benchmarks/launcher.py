@@ -9,6 +9,10 @@ launcher, N  grap-solo compare --parallel N, with its measurement of costs, its 
 by hand, N   a shell loop of N branches with grap-solo pretrain and grap-solo evaluate for each run,
              two processes that each import everything
 
+A worker's seconds beside its training are what a run costs over its training: imports, evaluation,
+files, waiting for others, and the launcher's table, page and measurement of costs. They are the
+seconds of all workers, less those that the runs' files say they trained, a run.
+
 The rounds end when the minutes are over; there is at least one. A ratio divides two contenders'
 seconds of the same round.
 """
@@ -16,6 +20,7 @@ seconds of the same round.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import statistics
@@ -23,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -56,20 +62,26 @@ def run_quietly(command: list[str], folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def by_launcher(workers: int, epochs: int, seeds: list[int]) -> float:
-    """Runs the grid as one comparison and returns its seconds."""
+def training_of(files: Iterable[Path], runs: int) -> float:
+    """Adds up the seconds of training in the runs' files, of which there must be ``runs``."""
+    seconds = [json.loads(file.read_text())["seconds"] for file in files]
+    assert len(seconds) == runs, f"{len(seconds)} runs have finished"
+    return float(sum(seconds))
+
+
+def by_launcher(workers: int, epochs: int, seeds: list[int]) -> tuple[float, float]:
+    """Runs the grid as one comparison and returns its seconds, and those of its trainings."""
     names, numbers = ",".join(METHODS), ",".join(map(str, seeds))
     line = ["compare", "digits/vicreg", f"methods=[{names}]", f"seeds=[{numbers}]", "name=grid"]
     line += [*SHARED, f"max_epochs={epochs}", "--parallel", str(workers)]
     with tempfile.TemporaryDirectory() as folder:
         seconds = run_quietly([*COMMAND, *line], Path(folder))
-        finished = len(list(Path(folder).glob("runs/grid/*/result.json")))
-    assert finished == len(METHODS) * len(seeds), f"{finished} runs have finished"
-    return seconds
+        files = Path(folder).glob("runs/grid/*/result.json")
+        return seconds, training_of(files, len(METHODS) * len(seeds))
 
 
-def by_hand(branches: int, epochs: int, seeds: list[int]) -> float:
-    """Runs the grid by a shell loop and returns its seconds."""
+def by_hand(branches: int, epochs: int, seeds: list[int]) -> tuple[float, float]:
+    """Runs the grid by a shell loop and returns its seconds, and those of its trainings."""
     own = shlex.join(COMMAND)
     script = (
         f"{own} pretrain digits/$0 seed=$1 name=$0-$1 max_epochs={epochs} {' '.join(SHARED)} "
@@ -80,9 +92,9 @@ def by_hand(branches: int, epochs: int, seeds: list[int]) -> float:
     loop = f"echo {shlex.quote(runs)} | xargs -P {branches} -L 1 bash -c {shlex.quote(script)}"
     with tempfile.TemporaryDirectory() as folder:
         seconds = run_quietly(["bash", "-c", loop], Path(folder))
-        finished = len(list(Path(folder).glob("runs/*/evaluation.json")))
-    assert finished == len(METHODS) * len(seeds), f"{finished} runs have finished"
-    return seconds
+        evaluated = Path(folder).glob("runs/*/evaluation.json")
+        files = [file.with_name("trained.json") for file in evaluated]
+        return seconds, training_of(files, len(METHODS) * len(seeds))
 
 
 def main() -> None:
@@ -100,17 +112,22 @@ def main() -> None:
         for number in given.workers
         for name, grid in (("launcher", by_launcher), ("by hand", by_hand))
     }
+    runs = len(METHODS) * len(seeds)
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    beside: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.monotonic()
     while not times[next(iter(times))] or time.monotonic() - began < 60 * given.minutes:
         for name, grid in contenders.items():
-            times[name].append(grid())
-            print(f"{name}: {times[name][-1]:.1f} s", flush=True)
-    rows = [["contender", "seconds, median", "seconds a run"]]
-    runs = len(METHODS) * len(seeds)
-    for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        rows.append([name, f"{middle:.1f}", f"{middle / runs:.1f}"])
+            seconds, training = grid()
+            times[name].append(seconds)
+            workers = int(name.rpartition(" ")[2])
+            beside[name].append((workers * seconds - training) / runs)
+            print(f"{name}: {seconds:.1f} s", flush=True)
+    rows = [["contender", "seconds, median", "seconds a run", "a worker's beside its training"]]
+    for name, found in times.items():
+        middle = statistics.median(found)
+        own = statistics.median(beside[name])
+        rows.append([name, f"{middle:.1f}", f"{middle / runs:.1f}", f"{own:.1f}"])
     print(f"\n{runs} runs of {given.epochs} epochs, {len(times[name])} rounds\n")
     print(markdown(rows))
     pairs = [(f"launcher, {each}", f"by hand, {each}") for each in given.workers]
