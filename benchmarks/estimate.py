@@ -32,6 +32,7 @@ from grap_solo.data.augmentations import build_views
 from grap_solo.data.datasets import NUM_CLASSES
 from grap_solo.experiments.grid import plan, read_grid
 from grap_solo.methods import find_method
+from grap_solo.records.runs import counted
 from grap_solo.training.config import prepare
 
 PHOTOGRAPH = (500, 375)
@@ -99,7 +100,8 @@ def main() -> None:
     state = sum(each.numel() * each.element_size() for each in model.state_dict().values())
     checkpoint = state + 4 * trained  # LARS keeps one momentum for each parameter.
     terms = len(model.weighting.terms)
-    print(f"{len(cells)} runs of {epochs} epochs, {given.images} images, batch {batch}\n")
+    grid = f"{counted(len(cells), 'run')} of {counted(epochs, 'epoch')}"
+    print(f"{grid}, {given.images} images, batch {batch}\n")
     print(f"steps of a run:                        {steps:,}")
     print(f"operations of an image, backbone:      {count_operations(model, size) / 1e9:.1f} GFLOP")
     print(f"bytes read by a run:                   {epochs * given.images * stored / 1e12:.2f} TB")

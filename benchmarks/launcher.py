@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from grap_solo.experiments.timing import ratio
+from grap_solo.records.runs import counted
 from grap_solo.report.tables import markdown
 
 METHODS = {"fixed": "vicreg", "grap": "grap_vicreg"}
@@ -128,7 +129,8 @@ def main() -> None:
         middle = statistics.median(found)
         own = statistics.median(beside[name])
         rows.append([name, f"{middle:.1f}", f"{middle / runs:.1f}", f"{own:.1f}"])
-    print(f"\n{runs} runs of {given.epochs} epochs, {len(times[name])} rounds\n")
+    rounds = counted(len(times[name]), "round")
+    print(f"\n{runs} runs of {counted(given.epochs, 'epoch')}, {rounds}\n")
     print(markdown(rows))
     pairs = [(f"launcher, {each}", f"by hand, {each}") for each in given.workers]
     pairs += [(f"launcher, {each}", f"launcher, {given.workers[0]}") for each in given.workers[1:]]

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 from grap_solo.experiments.timing import ratio
+from grap_solo.records.runs import counted
 from grap_solo.report.tables import markdown
 
 COMMAND = [sys.executable, "-m", "grap_solo"]
@@ -136,7 +137,8 @@ def main() -> None:
     for name, index in (("seconds", 0), ("MiB", 1)):
         one = ratio(*([pair[index] for pair in found[each]] for each in contenders))
         ratios.append([name, *(f"{one[key]:.2f}" for key in ("median", "min", "max"))])
-    print(f"\n{given.runs} runs at a time, {given.rounds} rounds\n\n{markdown(rows)}\n")
+    asked = f"{counted(given.runs, 'run')} at a time, {counted(given.rounds, 'round')}"
+    print(f"\n{asked}\n\n{markdown(rows)}\n")
     print(markdown(ratios))
 
 
