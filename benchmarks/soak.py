@@ -68,13 +68,13 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--minutes", type=int, default=60)
     chosen, overrides = parser.parse_known_args()
-    chosen.directory.mkdir(parents=True)
     hours, minutes = divmod(chosen.minutes, 60)
     settings = [f"checkpoint.dir={chosen.directory}", "max_epochs=1000000", "name=run"]
     settings += [f"+max_time='00:{hours:02}:{minutes:02}:00'", "knn_eval.enabled=true"]
     settings += ["+enable_progress_bar=false", "data.num_workers=1", *overrides]
     with initialize_config_dir(str(CONFIGS), version_base="1.2"):
         cfg = compose("grap", settings)
+    chosen.directory.mkdir(parents=True)
     watch = Watch(chosen.directory)
     with contextlib.suppress(RunStopped):  # By max_time.
         pretrain(cfg, [watch])

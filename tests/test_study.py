@@ -59,6 +59,7 @@ def test_a_benchmark_refuses_bad_input_in_one_line(
         runpy.run_path(str(file), run_name="__main__")
     error = capsys.readouterr().err
     assert ended.value.code == 2 and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_transfer_changes_can_start_and_is_a_table_of_its_own(tmp_path, monkeypatch):

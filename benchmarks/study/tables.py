@@ -64,10 +64,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/study"))
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
     runs = read_runs(given.runs)
     if runs.empty:
         raise ConfigError(f"--runs: {given.runs} has no finished run of the study")
+    given.out.mkdir(parents=True, exist_ok=True)
     order = runs.sort_values(["stage", "seed"], kind="stable").drop_duplicates(
         ["base", "data", "variant", "seed"]  # A stage may repeat another's runs.
     )
