@@ -52,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         raise
     except Exception as error:
-        if not _is_refusal(error):
-            raise
-        print(refusal(error), file=sys.stderr)
-        return 2
+        return _refuse(error)
     return 0
 
 
@@ -74,10 +71,19 @@ def exit_on_refusal() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_refusal(error):
-            raise
-        print(refusal(error), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refuse(error))
+
+
+def _refuse(error: Exception) -> int:
+    """Prints the one line of an error for bad input, and returns the exit code 2.
+
+    Raises:
+        Exception: the error itself, if the input is not at fault.
+    """
+    if not _is_refusal(error):
+        raise error
+    print(refusal(error), file=sys.stderr)
+    return 2
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""What the labels may be: those that a rule learns from, and those of the downstream heads."""
+"""Checks the keys of a configuration that say which labels a rule and downstream heads learn."""
 
 from __future__ import annotations
 
